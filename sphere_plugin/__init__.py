@@ -1,0 +1,61 @@
+"""SPHERE for EasyEdit: project any knowledge edit away from a weight's principal directions.
+
+Public names are loaded when they are first used, so importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from sphere_plugin._version import __version__
+
+if TYPE_CHECKING:
+    from sphere_plugin.editing import Editor, EditingConfig
+    from sphere_plugin.errors import CacheError, ConfigError, HostError, ModelError, RequestError, SphereError
+    from sphere_plugin.geometry import PrincipalSpace, energy_change, hyperspherical_energy
+    from sphere_plugin.restraints import SphereConfig
+
+__all__ = [
+    "CacheError",
+    "ConfigError",
+    "EditingConfig",
+    "Editor",
+    "HostError",
+    "ModelError",
+    "PrincipalSpace",
+    "RequestError",
+    "SphereConfig",
+    "SphereError",
+    "SphereHyperParams",
+    "__version__",
+    "energy_change",
+    "hyperspherical_energy",
+    "load_model",
+    "register",
+    "unregister",
+]
+
+logging.getLogger("sphere_plugin").addHandler(logging.NullHandler())
+
+_HOME = {
+    "errors": ("CacheError", "ConfigError", "HostError", "ModelError", "RequestError", "SphereError"),
+    "geometry": ("PrincipalSpace", "energy_change", "hyperspherical_energy"),
+    "restraints": ("SphereConfig",),
+    "editing": ("EditingConfig", "Editor"),
+    "models": ("load_model",),
+    "easyedit.hparams": ("SphereHyperParams",),
+    "easyedit.registration": ("register", "unregister"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"sphere_plugin.{module}"), name)
+    raise AttributeError(f"module 'sphere_plugin' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

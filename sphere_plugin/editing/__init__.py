@@ -1,0 +1,6 @@
+"""SPHERE's own editor: the closed forms of MEMIT and AlphaEdit in batches, with the projection inside the layer loop."""
+
+from sphere_plugin.editing.config import EditingConfig
+from sphere_plugin.editing.editor import Editor, EditReport, LayerReport
+
+__all__ = ["EditReport", "EditingConfig", "Editor", "LayerReport"]

@@ -1,0 +1,159 @@
+"""The settings of SPHERE's own editor. Every field is explained once more, with the paper's values, in docs/hparams.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.restraints.sphere import Basis, SphereConfig
+
+BaseMethod = Literal["AlphaEdit", "MEMIT"]
+FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
+Projection = Literal["in_loop", "post"]
+
+# Paper D.4.1: AlphaEdit already keeps its updates off the keys of what the model knows, and takes half the strength.
+ALPHA_OF = (("AlphaEdit", 0.5), ("MEMIT", 0.8))
+
+
+@dataclass(kw_only=True)
+class EditingConfig:
+    """How to locate, aim, solve and restrain. Names are those of EasyEdit's MEMIT and AlphaEdit hparams.
+
+    Attributes:
+        layers: decoder layers to edit, ascending; the last is the one the targets are aimed at.
+        rewrite_module_tmp: the linear layer that is rewritten, with {} for the layer number.
+        layer_module_tmp: the decoder layer, with {} for the layer number.
+        ln_f_module: the final norm.
+        lm_head_module: the output embedding.
+        v_loss_layer: decoder layer whose output the loss reads; None is the last.
+        base_method: whose closed form solves for the update.
+        fact_token: which token of the prompt looks the fact up.
+        v_num_grad_steps: forward passes of the search for a target value; one fewer optimizer steps are taken.
+        v_lr: Adam's learning rate in that search.
+        v_weight_decay: weight of ‖δ‖ / ‖h‖² in its loss.
+        clamp_norm_factor: ‖δ‖ may not exceed this times ‖h‖.
+        kl_factor: weight of the KL divergence that keeps "{subject} is a" as it was.
+        context_template_length_params: pairs (tokens, number) of random prefixes the fact is also aimed and keyed
+            behind, beside the bare prompt.
+        mom2_dataset: where the text for key statistics comes from: "generated" (the model writes it), a text file
+            (.txt, .json, .jsonl), or a name the datasets library knows.
+        mom2_n_samples: how many texts of that source.
+        mom2_update_weight: λ of MEMIT, the weight of what the model already knows.
+        nullspace_threshold: AlphaEdit's null space holds the eigenvectors of the keys' second moment below this.
+        L2: AlphaEdit's ridge.
+        eta: η of SPHERE, see SphereConfig.
+        alpha: α of SPHERE; None takes the paper's value for base_method. 0 is the base method without SPHERE.
+        basis: see SphereConfig.
+        row_normalize: see SphereConfig.
+        projection: "in_loop" projects each layer's update before the next layer is solved, as the authors'
+            repository; "post" solves all layers first and projects then, as EasyEdit's own SPHERE.
+        token_budget: tokens in one pass through the network; bounds memory.
+        seed: of the random prefixes and of generated text.
+        stats_dir: folder for key statistics; None is the user's cache.
+
+    Raises:
+        ConfigError: a value out of its range, before anything is loaded.
+    """
+
+    layers: list[int]
+    rewrite_module_tmp: str
+    layer_module_tmp: str
+    ln_f_module: str
+    lm_head_module: str
+    v_loss_layer: int | None = None
+    base_method: BaseMethod = "AlphaEdit"
+    fact_token: FactToken = "subject_last"
+    v_num_grad_steps: int = 25
+    v_lr: float = 0.1
+    v_weight_decay: float = 0.5
+    clamp_norm_factor: float = 0.75
+    kl_factor: float = 0.0625
+    context_template_length_params: list[list[int]] = field(default_factory=lambda: [[10, 5]])
+    mom2_dataset: str = "generated"
+    mom2_n_samples: int = 1000
+    mom2_update_weight: float = 15000.0
+    nullspace_threshold: float = 2e-2
+    L2: float = 10.0
+    eta: float = 0.5
+    alpha: float | None = None
+    basis: Basis = "current"
+    row_normalize: bool = True
+    projection: Projection = "in_loop"
+    token_budget: int = 8192
+    seed: int = 0
+    stats_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("base_method", self.base_method, get_args(BaseMethod))
+        _check_choice("fact_token", self.fact_token, get_args(FactToken))
+        _check_choice("projection", self.projection, get_args(Projection))
+        _check_layers(self.layers)
+        _check_templates(self.rewrite_module_tmp, self.layer_module_tmp)
+        _check_contexts(self.context_template_length_params)
+        for name, least in (("v_num_grad_steps", 1), ("mom2_n_samples", 1), ("token_budget", 64)):
+            _check_number(name, getattr(self, name), least, whole=True)
+        for name in ("v_lr", "clamp_norm_factor", "mom2_update_weight", "nullspace_threshold", "L2"):
+            _check_number(name, getattr(self, name), 0.0, above=True)
+        for name in ("v_weight_decay", "kl_factor"):
+            _check_number(name, getattr(self, name), 0.0)
+        if self.alpha is None:
+            self.alpha = dict(ALPHA_OF)[self.base_method]
+        self.sphere()
+
+    def sphere(self) -> SphereConfig:
+        """The projection these settings ask for."""
+        alpha = dict(ALPHA_OF)[self.base_method] if self.alpha is None else self.alpha
+        return SphereConfig(eta=self.eta, alpha=alpha, basis=self.basis, row_normalize=self.row_normalize)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(name, value, "one of " + ", ".join(choices), "Check the spelling, capitals included.")
+
+
+def _check_number(name: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    good = isinstance(value, kinds) and not isinstance(value, bool) and (value > least if above else value >= least)
+    if not good:
+        kind = "a whole number" if whole else "a number"
+        bound = "above" if above else "of at least"
+        raise ConfigError(name, value, f"{kind} {bound} {least}", "See docs/hparams.md for usual values.")
+
+
+def _check_layers(layers: object) -> None:
+    good = (
+        isinstance(layers, list)
+        and len(layers) > 0
+        and all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers)
+        and layers == sorted(set(layers))
+    )
+    if not good:
+        raise ConfigError("layers", layers, "ascending layer numbers without repeats", "Write layers: [4, 5, 6, 7, 8].")
+
+
+def _check_templates(rewrite: str, layer: str) -> None:
+    for name, template in (("rewrite_module_tmp", rewrite), ("layer_module_tmp", layer)):
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ConfigError(
+                name, template, "a module path with one {} for the layer number", 'For LLaMA: "model.layers.{}".'
+            )
+    if not rewrite.startswith(layer + "."):
+        raise ConfigError(
+            "rewrite_module_tmp", rewrite, f"a module inside {layer}", f'For LLaMA: "{layer}.mlp.down_proj".'
+        )
+
+
+def _check_contexts(params: object) -> None:
+    good = isinstance(params, list) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair)
+        for pair in params
+    )
+    if not good:
+        raise ConfigError(
+            "context_template_length_params",
+            params,
+            "a list of pairs [tokens, number]",
+            "Write [[10, 5]] for five prefixes of ten tokens, [] for the bare prompt only.",
+        )

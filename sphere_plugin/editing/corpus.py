@@ -1,0 +1,96 @@
+"""Text for key statistics: the model's own, a local file, or a dataset the user names. Nothing is fetched unasked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sphere_plugin.editing.contexts import write_texts
+from sphere_plugin.errors import ConfigError
+
+GENERATED = "generated"
+# Length of a text the model writes, in tokens.
+GENERATED_TOKENS = 64
+# Names that EasyEdit's YAMLs use, and where the datasets library has them today.
+DATASETS = (
+    ("wikipedia", ("wikimedia/wikipedia", "20231101.en")),
+    ("wikitext", ("Salesforce/wikitext", "wikitext-103-raw-v1")),
+)
+TEXT_FIELDS = ("text", "passage", "document", "content", "prompt")
+_REMEDY = 'Give a text file, or mom2_dataset: generated, which needs nothing: the model writes the text itself.'
+
+
+def check_source(source: str) -> None:
+    """Raise ConfigError if ``source`` looks like a file that is not there."""
+    path = Path(source).expanduser()
+    if source != GENERATED and not path.is_file() and (path.suffix in (".txt", ".json", ".jsonl") or path.is_absolute()):
+        raise ConfigError("mom2_dataset", source, "a text file that exists", _REMEDY)
+
+
+def read_corpus(
+    source: str, number: int, model: nn.Module, tokenizer: Any, seed: int, progress: Callable[[int], None] | None = None
+) -> list[str]:
+    """At most ``number`` texts of ``source``.
+
+    Args:
+        source: "generated", a .txt (paragraphs), .json or .jsonl file, or a name of the datasets library (streamed,
+            so that no more is read than is used).
+        number: how many texts.
+        model: writes the texts when they are generated.
+        tokenizer: its tokenizer.
+        seed: of generated text.
+        progress: called with the number of texts done.
+
+    Raises:
+        ConfigError: the source cannot be read, or holds no text.
+    """
+    check_source(source)
+    if source == GENERATED:
+        return write_texts(model, tokenizer, number, GENERATED_TOKENS, seed, progress=progress)
+    path = Path(source).expanduser()
+    texts = list(islice(_of_file(path) if path.is_file() else _of_dataset(source), number))
+    if not texts:
+        raise ConfigError("mom2_dataset", source, "a source with text in it", _REMEDY)
+    return texts
+
+
+def _of_file(path: Path) -> Iterator[str]:
+    content = path.read_text(encoding="utf-8")
+    if path.suffix not in (".json", ".jsonl"):
+        yield from (part for part in content.split("\n\n") if part.strip())
+        return
+    try:
+        records = json.loads(content) if path.suffix == ".json" else [json.loads(x) for x in content.splitlines() if x]
+    except json.JSONDecodeError as error:
+        raise ConfigError("mom2_dataset", str(path), f"JSON ({error})", _REMEDY) from error
+    for record in records:
+        yield _text_of(record, str(path))
+
+
+def _of_dataset(name: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        stream = load_dataset(*dict(DATASETS).get(name, (name,)), split="train", streaming=True)
+        for record in stream:
+            yield _text_of(record, name)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ConfigError("mom2_dataset", name, f"a file, or a dataset that can be read ({reason})", _REMEDY) from error
+
+
+def _text_of(record: object, where: str) -> str:
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict):
+        for field in TEXT_FIELDS:
+            if isinstance(record.get(field), str):
+                return str(record[field])
+    raise ConfigError(
+        "mom2_dataset", where, "texts, or records with one of the fields " + ", ".join(TEXT_FIELDS), _REMEDY
+    )

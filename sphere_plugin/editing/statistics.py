@@ -1,0 +1,201 @@
+"""Key statistics: the second moment E[kkᵀ] of what enters each rewritten layer over ordinary text.
+
+MEMIT weighs it against the new facts, AlphaEdit takes its null space. All layers are read in one pass over the text,
+and kept in the cache under everything they depend on: the weights below, the layers, the text and the arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sphere_plugin.editing.anatomy import Anatomy
+from sphere_plugin.editing.config import EditingConfig
+from sphere_plugin.editing.corpus import check_source, read_corpus
+from sphere_plugin.errors import CacheError, ModelError
+from sphere_plugin.files import cache_folder, fingerprint, read_tensors, write_tensors
+
+_LOG = logging.getLogger("sphere_plugin")
+_FORMAT = "1"  # raise it when files of an older code must not be used any more
+_LONGEST = 512  # tokens of a text that are read
+_BATCH_TOKENS = 4096
+
+
+def key_moments(
+    anatomy: Anatomy, tokenizer: Any, config: EditingConfig, progress: Callable[[str, int, int], None] | None = None
+) -> dict[int, Tensor]:
+    """Second moments of the keys of every edited layer, from the cache or counted now.
+
+    The first token of each text is left out: decoders keep an attention sink there whose keys are hundreds of times
+    longer than all others and would drown them.
+
+    Args:
+        anatomy: the model's parts.
+        tokenizer: its tokenizer.
+        config: layers, mom2_dataset, mom2_n_samples, seed, stats_dir.
+        progress: called with (what, done, of how many).
+
+    Returns:
+        Layer number -> [d_in, d_in] float32, on the layer's device.
+
+    Raises:
+        ConfigError: the text cannot be read.
+        ModelError: the text has no token to count, or the model's keys are not finite.
+    """
+    check_source(config.mom2_dataset)
+    path = _path(anatomy, tokenizer, config)
+    cached = _read(path, anatomy)
+    if cached is None:
+        counted = _count(anatomy, tokenizer, config, progress)
+        write_tensors(path, {str(layer): moment for layer, moment in counted.items()}, {"format": _FORMAT})
+        _LOG.info("key statistics of layers %s kept in %s", list(counted), path)
+        cached = counted
+    return {layer: cached[layer].to(rewrite.parameter.device) for layer, rewrite in anatomy.rewrites.items()}
+
+
+def _path(anatomy: Anatomy, tokenizer: Any, config: EditingConfig) -> Path:
+    source = Path(config.mom2_dataset).expanduser()
+    content = hashlib.blake2b(source.read_bytes(), digest_size=16).hexdigest() if source.is_file() else None
+    identity = {
+        "format": _FORMAT,
+        "weights": fingerprint(_weights_below(anatomy, config)),
+        "modules": [rewrite.name for rewrite in anatomy.rewrites.values()],
+        "tokenizer": tokenizer(_PROBE)["input_ids"],
+        "source": config.mom2_dataset if content is None else content,
+        "samples": config.mom2_n_samples,
+        # Sampling follows the seed; a file or a dataset is read from its beginning.
+        "seed": config.seed if content is None else None,
+    }
+    key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    folder = Path(config.stats_dir).expanduser() if config.stats_dir else cache_folder() / "statistics"
+    return folder / f"sphere-{key}.safetensors"
+
+
+# A sentence that tells tokenizers apart, special tokens included.
+_PROBE = "Ünïcode, 1234 tokens\n  and a “quoted” line."
+
+
+def _weights_below(anatomy: Anatomy, config: EditingConfig) -> Sequence[tuple[str, Tensor]]:
+    """Every weight that keys of the edited layers, or text the model writes, depend on."""
+    if config.mom2_dataset == "generated":
+        return list(anatomy.model.state_dict().items())
+    above = {id(p) for layer in anatomy.decoder[config.layers[-1] + 1 :] for p in layer.parameters()}
+    above |= {id(p) for module in (anatomy.norm, anatomy.head) for p in module.parameters()}
+    embeddings = {id(p) for p in anatomy.model.get_input_embeddings().parameters()}  # type: ignore[operator]
+    return [(name, p) for name, p in anatomy.model.named_parameters() if id(p) not in above or id(p) in embeddings]
+
+
+def _read(path: Path, anatomy: Anatomy) -> dict[int, Tensor] | None:
+    if not path.exists():
+        return None
+    try:
+        tensors, _ = read_tensors(path)
+    except CacheError as error:
+        _LOG.warning("key statistics are counted again: %s", error)
+        return None
+    sizes = {str(layer): rewrite.weight.shape[1] for layer, rewrite in anatomy.rewrites.items()}
+    if {name: tuple(t.shape) for name, t in tensors.items()} != {name: (n, n) for name, n in sizes.items()}:
+        _LOG.warning("key statistics are counted again: %s holds other layers than were asked for", path)
+        return None
+    return {int(name): tensor for name, tensor in tensors.items()}
+
+
+def _count(
+    anatomy: Anatomy, tokenizer: Any, config: EditingConfig, progress: Callable[[str, int, int], None] | None
+) -> dict[int, Tensor]:
+    def told(what: str) -> Callable[[int], None] | None:
+        if progress is None:
+            return None
+        return lambda done: progress(what, done, config.mom2_n_samples)
+
+    _LOG.info("counting key statistics over %d texts (%s)", config.mom2_n_samples, config.mom2_dataset)
+    texts = read_corpus(
+        config.mom2_dataset, config.mom2_n_samples, anatomy.model, tokenizer, config.seed, told("writing text")
+    )
+    ids = [tokenizer(text, truncation=True, max_length=_LONGEST)["input_ids"] for text in texts]
+    ids = sorted((row for row in ids if len(row) > 1), key=len)
+    counter = _Counter(anatomy)
+    for rows in _batches(ids):
+        counter.add(rows)
+        if progress is not None:
+            progress("reading keys", len(rows), len(ids))
+    return counter.moments()
+
+
+class _Counter:
+    """Adds up kkᵀ over batches of text: float32 products, float64 sums."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.tokens = 0
+        self.sums: dict[int, Tensor] = {}
+        self._mask: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, rows: list[list[int]]) -> None:
+        """Count a batch of token ids."""
+        width = max(map(len, rows))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = 1
+        counted = mask.bool()
+        counted[:, 0] = False
+        self.tokens += int(counted.sum())
+        handles = [
+            rewrite.module.register_forward_pre_hook(self._hook(layer, counted))
+            for layer, rewrite in self.anatomy.rewrites.items()
+        ]
+        device = self.anatomy.device
+        base = getattr(self.anatomy.model, "base_model", self.anatomy.model)
+        try:
+            base(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        except _Enough:
+            return
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: int, counted: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            keys = args[0][counted.to(args[0].device)].float()
+            product = (keys.T @ keys).double()
+            self.sums[layer] = self.sums[layer] + product if layer in self.sums else product
+            if layer == max(self.anatomy.rewrites):
+                raise _Enough
+
+        return hook
+
+    def moments(self) -> dict[int, Tensor]:
+        """E[kkᵀ] of every layer, float32."""
+        if self.tokens == 0:
+            raise ModelError("key statistics", 0, "text of more than one token", "Give other text as mom2_dataset.")
+        moments = {layer: (total / self.tokens).float() for layer, total in self.sums.items()}
+        for layer, moment in moments.items():
+            if not bool(torch.isfinite(moment).all()):
+                raise ModelError(
+                    f"keys of layer {layer}", "NaN or infinity", "finite numbers", "Check the model; try float32."
+                )
+        return moments
+
+
+class _Enough(Exception):
+    """Ends a forward pass behind the last layer whose keys are read."""
+
+
+def _batches(ids: list[list[int]]) -> list[list[list[int]]]:
+    batches: list[list[list[int]]] = []
+    for row in ids:
+        if batches and (len(batches[-1]) + 1) * len(row) <= _BATCH_TOKENS:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

@@ -1,0 +1,270 @@
+"""The only way this package writes to disk, so that nobody ever reads a half-written file.
+
+- ``cache_folder``: where files of ours live.
+- ``write_json``, ``write_tensors``, ``write_bytes``: replace a file as a whole or leave it as it was.
+- ``read_json``, ``read_tensors``: read such a file, or say what is wrong with it and what to do.
+- ``atomic_folder``: fill a folder out of sight and rename it into place.
+- ``fingerprint``: a short name for the content of tensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sphere_plugin.errors import CacheError
+
+CACHE_VARIABLE = "SPHERE_PLUGIN_CACHE"
+
+_TEMPORARY = ".sphere-tmp"
+_ABANDONED_AFTER = 24 * 3600.0  # seconds
+_DIGEST = "sphere_digest"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST}
+
+
+def cache_folder() -> Path:
+    """Return the folder for files that can be made again; it need not exist yet.
+
+    The environment variable ``SPHERE_PLUGIN_CACHE`` wins, then the platform's cache folder of the user.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return platformdirs.user_cache_path("sphere-plugin", appauthor=False)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file by ``content``, or leave it as it was.
+
+    Raises:
+        CacheError: the disk is full, or the place cannot be written.
+    """
+
+    def fill(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    _replace(path, fill)
+
+
+def write_json(path: Path, obj: object) -> None:
+    """Write ``obj`` as indented UTF-8 JSON, atomically. Keys keep their order; NaN is written as Python reads it.
+
+    Raises:
+        CacheError: the disk is full, or the place cannot be written.
+        TypeError: ``obj`` is not made of what JSON knows; the old file stays.
+    """
+    write_bytes(path, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors of any shape, dtype and device as one safetensors file, atomically.
+
+    A digest of tensors and metadata goes into the file, by which ``read_tensors`` recognises a damaged one.
+
+    Raises:
+        CacheError: the disk is full, or the place cannot be written.
+    """
+    stored = _apart(tensors)
+    marked = {**metadata, _DIGEST: _digest(stored, metadata)}
+
+    def fill(temporary: Path) -> None:
+        save_file(stored, temporary, metadata=marked)
+
+    _replace(path, fill)
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 (JSON holds anything; callers check what they take)
+    """Read what ``write_json`` wrote.
+
+    Raises:
+        CacheError: the file is missing, unreadable, or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ValueError as error:  # both malformed JSON and malformed UTF-8
+        raise _damaged(path, str(error)) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read what ``write_tensors`` wrote: the tensors, on the CPU and sorted by name, and the metadata.
+
+    Raises:
+        CacheError: the file is missing, unreadable, truncated, or differs by so much as one bit from what was written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise _damaged(path, str(error)) from error
+    if metadata.pop(_DIGEST, None) != _digest(tensors, metadata):
+        raise _damaged(path, "a content that differs from what was written")
+    return tensors, metadata
+
+
+@contextmanager
+def atomic_folder(path: Path, keep: Callable[[Path], bool] = lambda folder: True) -> Iterator[Path]:
+    """Give an empty folder to fill; when the block ends it becomes ``path``, whole. On an exception nothing stays.
+
+    Args:
+        path: the folder to make; its parents are made too.
+        keep: asked about a folder that lies at ``path`` when ours is ready, most likely another process's: True keeps
+            that one and drops ours, False puts ours in its place.
+
+    Raises:
+        CacheError: the disk is full, or the place cannot be written. Other exceptions of the block pass unchanged.
+    """
+    temporary = _temporary(path)
+    try:
+        _make_parent(path)
+        temporary.mkdir()
+        yield temporary
+        _sync_tree(temporary)
+        _install(temporary, path, keep)
+    except (OSError, SafetensorError) as error:
+        problem = _unwritable(path, error)
+        if problem is None:
+            raise
+        raise problem from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fingerprint(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return 32 hex digits that depend on names, dtypes, shapes, bytes and the order of tensors, and on nothing else.
+
+    Tensors may have any shape, dtype and device; at most one of them is copied at a time.
+    """
+    content = hashlib.blake2b(digest_size=16)
+    for name, tensor in named_tensors:
+        content.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)  # a copy only from a device or of a strided tensor
+        content.update(flat.view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    content = fingerprint(sorted(tensors.items()))
+    return hashlib.blake2b((content + json.dumps(sorted(metadata.items()))).encode(), digest_size=16).hexdigest()
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors on the CPU, contiguous, none sharing memory with another, which safetensors refuses."""
+    seen: set[int] = set()
+    stored = {}
+    for name, tensor in tensors.items():
+        local = tensor.detach().to("cpu").contiguous()
+        address = local.untyped_storage().data_ptr()
+        stored[name] = local.clone() if address in seen else local
+        seen.add(address)
+    return stored
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+
+
+def _make_parent(path: Path) -> None:
+    """Make the folder of ``path`` and clear it of what runs that died have left there a day ago or earlier."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".*{_TEMPORARY}"):
+        with suppress(OSError):  # somebody else may be clearing it as well
+            if left.stat().st_mtime < time.time() - _ABANDONED_AFTER:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _replace(path: Path, fill: Callable[[Path], None]) -> None:
+    temporary = _temporary(path)
+    try:
+        _make_parent(path)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        fill(temporary)
+        temporary.chmod(mode)  # safetensors lets nobody else read its files
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        problem = _unwritable(path, error)
+        if problem is None:
+            raise
+        raise problem from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _install(temporary: Path, path: Path, keep: Callable[[Path], bool]) -> None:
+    """Rename ``temporary`` to ``path``; an existing folder stays or goes as ``keep`` says."""
+    try:
+        temporary.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        if keep(path):
+            return
+        aside = _temporary(path)
+        path.rename(aside)
+        temporary.rename(path)
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk now."""
+    if os.name == "nt" and path.is_dir():  # Windows neither offers nor needs this
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    readable = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(readable)  # safetensors lets nobody else read its files
+        _sync(path)
+    _sync(folder)
+
+
+def _unwritable(path: Path, error: Exception) -> CacheError | None:
+    """Return what to raise for a write that failed, None if the error is not about the disk."""
+    code = getattr(error, "errno", None)
+    full = code in _FULL or "os error 28" in str(error)  # safetensors' own errors carry the number in their text
+    if isinstance(error, CacheError) or not (full or code in _REFUSED or isinstance(error, SafetensorError)):
+        return None
+    remedy = "Free some space on that disk" if full else "Make the place writable"
+    return CacheError(
+        str(path), str(error), "a place to write to", f"{remedy}, or choose another folder with {CACHE_VARIABLE}."
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> CacheError:
+    why = error.strerror or str(error)
+    return CacheError(str(path), why, "a readable file", "Check the path and its permissions.")
+
+
+def _damaged(path: Path, why: str) -> CacheError:
+    return CacheError(str(path), why, "a file as this package wrote it", "Delete it and run the command again.")

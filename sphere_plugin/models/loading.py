@@ -1,0 +1,81 @@
+"""Load a model and its tokenizer by name: the embedded one, a Hugging Face name, or a local folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+
+from sphere_plugin.errors import ModelError
+from sphere_plugin.models.embedded import EMBEDDED_NAME, check_tokenizer, embedded_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_REMEDY = f"Give a local folder that holds a model and its tokenizer, or the embedded model's name, {EMBEDDED_NAME!r}."
+
+
+def resolve_model(name: str) -> str:
+    """Return the folder of the embedded model for its name; any other name or folder comes back unchanged.
+
+    Raises:
+        ModelError: the embedded model is asked for and cannot be made.
+        CacheError: the folder for it cannot be written.
+    """
+    return str(embedded_model()) if name == EMBEDDED_NAME else name
+
+
+def load_model(
+    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, in eval mode, and its tokenizer, which has a pad token afterwards.
+
+    Args:
+        name: "smollm2-135m" for the embedded model, a Hugging Face name, or a local folder.
+        dtype: of the weights.
+        device: where the weights go.
+
+    Raises:
+        ModelError: there is no such folder, the hub cannot be reached or does not know the name, or what lies there
+            is not a causal language model with its tokenizer.
+        CacheError: the folder for the embedded model cannot be written.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = _place(resolve_model(name))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        expected = f"a causal language model that loads ({_first_line(error)})"
+        raise ModelError("model", name, expected, _REMEDY) from error
+    if name == EMBEDDED_NAME:
+        check_tokenizer(tokenizer)  # made by one version of transformers, perhaps read by another
+    _set_pad_token(model, tokenizer, name)
+    return model.to(device).eval(), tokenizer
+
+
+def _place(name: str) -> str:
+    """Return the folder or hub name; what is written like a folder has to be one."""
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return str(folder)
+    if not name or folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2:
+        raise ModelError("model", name, "an existing folder", _REMEDY)
+    return name
+
+
+def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            remedy = "Set `pad_token` in the folder's tokenizer_config.json."
+            raise ModelError(f"tokenizer of {name}", None, "a pad token, or an end-of-text token in its stead", remedy)
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,0 +1,85 @@
+"""SPHERE: write ΔW(I − αUUᵀ) instead of ΔW (paper eq. 10–13)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.geometry import PrincipalSpace
+from sphere_plugin.restraints.protocol import BoundRestraint, Restrained
+
+Basis = Literal["current", "pretrained"]
+
+
+@dataclass(frozen=True)
+class SphereConfig:
+    """The settings of the projection.
+
+    Attributes:
+        eta: cumulative ratio η in (0, 1]: U holds the fewest principal directions whose eigenvalues add up to this
+            share of all (eq. 11). More directions, more of the update held back. The paper uses 0.5 everywhere.
+        alpha: suppression strength α in [0, 1]: 0 writes the update as it is, 1 removes all of it along U (eq. 12).
+            The paper uses 0.5 on AlphaEdit and 0.8 on every other method (D.4.1).
+        basis: the weight U is taken from. "current" is the weight each update is added to, so that U also holds what
+            earlier edits have written, as in the authors' code; "pretrained" is the weight before any edit, as in the
+            paper's text.
+        row_normalize: scale every neuron to unit length before looking for U, as both official codes do; the paper's
+            eq. 10 is written without.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    eta: float = 0.5
+    alpha: float = 0.8
+    basis: Basis = "current"
+    row_normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.eta) or not 0.0 < self.eta <= 1.0:
+            raise ConfigError("eta", self.eta, "a number in (0, 1]", "The paper uses eta: 0.5 for every method.")
+        if not _is_number(self.alpha) or not 0.0 <= self.alpha <= 1.0:
+            raise ConfigError(
+                "alpha",
+                self.alpha,
+                "a number in [0, 1]",
+                "The paper uses alpha: 0.5 on AlphaEdit and alpha: 0.8 on every other method.",
+            )
+        if self.basis not in get_args(Basis):
+            raise ConfigError("basis", self.basis, " or ".join(get_args(Basis)), "Leave it out for the default.")
+
+    def bind(self, pretrained: Tensor) -> BoundRestraint:
+        """Tie the projection to a weight, given as it was before any edit, [d_out, d_in]."""
+        return _BoundSphere(self, pretrained)
+
+
+@dataclass
+class _BoundSphere:
+    config: SphereConfig
+    pretrained: Tensor
+    _space: PrincipalSpace | None = field(default=None, repr=False)
+
+    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained:
+        if self.config.alpha == 0.0:
+            return Restrained(delta, removed_share=0.0, rank=0)
+        space = self._fit(weight)
+        projected = space.project(delta, self.config.alpha)
+        before = delta.float().square().sum().item()
+        removed = 1.0 - projected.float().square().sum().item() / before if before > 0.0 else 0.0
+        return Restrained(projected, removed_share=removed, rank=space.rank)
+
+    def _fit(self, weight: Tensor) -> PrincipalSpace:
+        if self.config.basis == "current":
+            return PrincipalSpace.fit(weight, self.config.eta, row_normalize=self.config.row_normalize)
+        if self._space is None:
+            self._space = PrincipalSpace.fit(
+                self.pretrained.to(weight.device), self.config.eta, row_normalize=self.config.row_normalize
+            )
+        return self._space
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

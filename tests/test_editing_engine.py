@@ -1,0 +1,181 @@
+"""The economical engine against plain, slow computations that follow the formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import REQUESTS, pico_config
+from pico import KINDS, pico
+from torch import nn
+
+from sphere_plugin.editing.aim import aim
+from sphere_plugin.editing.anatomy import Anatomy
+from sphere_plugin.editing.contexts import Contexts
+from sphere_plugin.editing.keys import KeyReader
+from sphere_plugin.editing.locate import Locator, Padded
+from sphere_plugin.editing.replay import record, record_suffix
+from sphere_plugin.editing.requests import read_requests
+
+FACTS = read_requests(REQUESTS)
+CONTEXTS = Contexts(("", "He said it. ", "A new line starts here and goes on. "), (0.5, 0.25, 0.25))
+
+
+def parts(kind: str, **settings: object):
+    model, tokenizer = pico(kind)
+    config = pico_config(kind, **settings)
+    return model, tokenizer, config, Anatomy.of(model, config), Locator(tokenizer, config.fact_token)
+
+
+def layer_outputs(model: nn.Module, anatomy: Anatomy, ids: list[int]) -> list[torch.Tensor]:
+    """Each decoder layer's output [tokens, width] for one unpadded sentence."""
+    outputs: list[torch.Tensor] = []
+
+    def hook(_, __, output):
+        outputs.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    handles = [layer.register_forward_hook(hook) for layer in anatomy.decoder]
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_layers_equal_the_plain_forward_pass(kind: str) -> None:
+    model, _, _, anatomy, locator = parts(kind)
+    sentences = [locator.aimed(fact, prefix) for fact in FACTS for prefix in CONTEXTS.prefixes]
+    batch = Padded.of(sentences, anatomy.device)
+    with torch.no_grad():
+        whole = record(anatomy, batch, 1, 4)
+        out = whole.run(whole.hidden, 1, 4)
+        suffix = record_suffix(anatomy, batch, 2)
+        tail = suffix.run(suffix.hidden, 2, 4)
+        some = suffix.rows(torch.tensor([4, 1]))
+        picked = some.run(some.hidden, 2, 4)
+    for row, sentence in enumerate(sentences):
+        expected = layer_outputs(model, anatomy, list(sentence.ids))[3]
+        length = len(sentence.ids)
+        torch.testing.assert_close(out[row, :length], expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(tail[row, : length - sentence.lookup], expected[sentence.lookup :], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(picked, tail[[4, 1]])
+
+
+def aim_one_plainly(model, anatomy, locator, fact, prefixes, config) -> torch.Tensor:
+    """MEMIT's search, one fact and one sentence at a time through the whole model."""
+    layer = config.layers[-1]
+    sentences = [locator.aimed(fact, prefix) for prefix in prefixes]
+    essence = locator.essence(fact)
+    first = layer_outputs(model, anatomy, list(sentences[0].ids))[layer][sentences[0].lookup]
+    delta = torch.zeros_like(first, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=config.v_lr)
+    before = None
+    for step in range(config.v_num_grad_steps):
+
+        def log_probabilities(sentence):
+            def hook(_, __, output, at=sentence.lookup):
+                hidden = (output[0] if isinstance(output, tuple) else output).clone()
+                hidden[0, at] += delta
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+            handle = anatomy.decoder[layer].register_forward_hook(hook)
+            logits = model(torch.tensor([sentence.ids])).logits[0]
+            handle.remove()
+            return torch.log_softmax(logits, dim=1)
+
+        loss = config.v_weight_decay * delta.norm() / first.norm() ** 2
+        for sentence in sentences:
+            said = log_probabilities(sentence)[-len(sentence.targets) :]
+            loss = loss - said.gather(1, torch.tensor(sentence.targets)[:, None]).mean() / len(sentences)
+        now = log_probabilities(essence)[essence.lookup]
+        before = now.detach() if before is None else before
+        # torch's own: kl_div(input, target) is KL(target || input); MEMIT passes what was before as the input.
+        divergence = torch.nn.functional.kl_div(before, now, log_target=True, reduction="sum")
+        loss = loss + config.kl_factor * divergence
+        if loss < 5e-2 or step == config.v_num_grad_steps - 1:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            longest = config.clamp_norm_factor * first.norm()
+            if delta.norm() > longest:
+                delta *= longest / delta.norm()
+    return (first + delta).detach()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [{}, {"kl_factor": 5.0, "clamp_norm_factor": 0.3}, {"token_budget": 64}], ids=str)
+def test_targets_equal_those_of_the_search_one_fact_at_a_time(kind: str, settings: dict) -> None:
+    model, _, config, anatomy, locator = parts(kind, **settings)
+    aimed = aim(anatomy, locator, FACTS, CONTEXTS.prefixes, config)
+    for number, fact in enumerate(FACTS):
+        expected = aim_one_plainly(model, anatomy, locator, fact, CONTEXTS.prefixes, config)
+        assert (aimed.values[number] - expected).norm() < 1e-3 * expected.norm()
+        assert (aimed.values[number] - expected).norm() < 1e-2 * (expected - expected.mean()).norm()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_fact_that_is_good_enough_stops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, config, anatomy, locator = parts("llama", v_num_grad_steps=20, v_lr=0.5, clamp_norm_factor=5.0)
+    losses = aim(anatomy, locator, FACTS, ("",), config).losses
+    # A pico model never gets near MEMIT's threshold; between the facts' losses does as well.
+    monkeypatch.setattr("sphere_plugin.editing.aim.GOOD_ENOUGH", float(losses.max()) + 0.5)
+    together = aim(anatomy, locator, FACTS, ("",), config)
+    assert len(set(together.steps.tolist())) > 1, "all facts took equally long: nothing was tested"
+    for number, fact in enumerate(FACTS):
+        alone = aim(anatomy, locator, [fact], ("",), config)
+        assert alone.steps[0] == together.steps[number]
+        torch.testing.assert_close(alone.values[0], together.values[number], atol=1e-3, rtol=1e-3)
+
+
+def test_the_loss_may_read_a_lower_layer() -> None:
+    model, _, config, anatomy, locator = parts("llama", layers=[1], v_loss_layer=2, kl_factor=1.0)
+    lower = aim(anatomy, locator, FACTS, ("",), config).values
+    last = aim(Anatomy.of(model, pico_config("llama", layers=[1])), locator, FACTS, ("",), config).values
+    assert torch.isfinite(lower).all()
+    assert (lower - last).norm() > 1e-3 * last.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_are_what_the_layers_see_after_the_edits_below(kind: str) -> None:
+    model, _, config, anatomy, locator = parts(kind, token_budget=64)
+    reader = KeyReader(anatomy, locator, FACTS, CONTEXTS, config.token_budget)
+    for layer in (1, 2, 1):  # going down again, as the key history does, starts over
+        keys, values = reader.read(layer)
+        expected_keys, expected_values = [], []
+        for fact in FACTS:
+            total = 0.0
+            for prefix, share in zip(CONTEXTS.prefixes, CONTEXTS.shares, strict=True):
+                sentence = locator.keyed(fact, prefix)
+                seen = []
+                handle = anatomy.rewrites[layer].module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+                outputs = layer_outputs(model, anatomy, list(sentence.ids))
+                handle.remove()
+                total = total + share * seen[0].reshape(-1, seen[0].shape[-1])[sentence.lookup]
+                if not prefix:
+                    expected_values.append(outputs[2][sentence.lookup])
+            expected_keys.append(total)
+        torch.testing.assert_close(keys, torch.stack(expected_keys, 1).detach(), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(values, torch.stack(expected_values, 1), atol=2e-5, rtol=1e-4)
+        if layer == 1:
+            rewrite = anatomy.rewrites[1]
+            rewrite.write(rewrite.weight + 0.05 * torch.randn(rewrite.weight.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_the_lookup_token_is_the_one_that_ends_the_subject() -> None:
+    _, tokenizer, _, _, locator = parts("gpt2")
+    for request, fact in zip(REQUESTS, FACTS, strict=True):
+        for prefix in CONTEXTS.prefixes:
+            sentence = locator.keyed(fact, prefix)
+            assert tokenizer.decode(sentence.ids[: sentence.lookup + 1]).endswith(request["subject"])
+            assert tokenizer.decode(sentence.ids) == prefix + fact.prompt
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"), [("subject_first", "E"), ("last", "of"), ("subject_first_after_last", "is")]
+)
+def test_other_lookup_tokens(choice: str, expected: str) -> None:
+    _, tokenizer, _, _, _ = parts("gpt2")
+    sentence = Locator(tokenizer, choice).keyed(FACTS[0])
+    assert tokenizer.decode(sentence.ids[sentence.lookup]).strip().startswith(expected[0])
