@@ -117,10 +117,10 @@ def test_targets_equal_those_of_the_search_one_fact_at_a_time(kind: str, setting
 
 
 def test_a_fact_that_is_good_enough_stops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _, config, anatomy, locator = parts("llama", v_num_grad_steps=20, v_lr=0.5, clamp_norm_factor=5.0)
+    model, _, config, anatomy, locator = parts("llama", v_num_grad_steps=30, v_lr=0.05, clamp_norm_factor=5.0)
     losses = aim(anatomy, locator, FACTS, ("",), config).losses
-    # A pico model never gets near MEMIT's threshold; between the facts' losses does as well.
-    monkeypatch.setattr("sphere_plugin.editing.aim.GOOD_ENOUGH", float(losses.max()) + 0.5)
+    # A pico model never gets near MEMIT's threshold; the loss one of the facts ends with does as well.
+    monkeypatch.setattr("sphere_plugin.editing.aim.GOOD_ENOUGH", float(losses.sort().values[1]))
     together = aim(anatomy, locator, FACTS, ("",), config)
     assert len(set(together.steps.tolist())) > 1, "all facts took equally long: nothing was tested"
     for number, fact in enumerate(FACTS):

