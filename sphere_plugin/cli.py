@@ -1,0 +1,73 @@
+"""The command ``sphere``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sphere_plugin._version import __version__
+from sphere_plugin.errors import ConfigError, SphereError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code. A SphereError becomes one sentence on stderr."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return int(arguments.run(arguments))
+    except SphereError as error:
+        print(f"sphere: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sphere", description="Knowledge editing that does not wear the model out.")
+    parser.add_argument("--version", action="version", version=f"sphere-plugin {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="edit a real model with and without SPHERE, side by side")
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--hparams", type=Path, default=Path("hparams/SPHERE/smollm2-135m.yaml"), help="settings (YAML)")
+    demo.add_argument("--base-method", default="MEMIT", choices=("MEMIT", "AlphaEdit"), help="run with and without")
+    demo.add_argument("--model", help="Hugging Face name or folder, instead of the one in --hparams")
+    demo.add_argument("--data", type=Path, help="CounterFact or ZsRE file (default: the project's own facts)")
+    demo.add_argument("--text", type=Path, help="held-out text for perplexity (default: the project's own)")
+    demo.add_argument("--edits", type=int, default=200, help="how many facts (default: 200)")
+    demo.add_argument("--batch-size", type=int, default=20, help="facts per batch (default: 20)")
+    demo.add_argument("--checkpoints", default="40,100,200", help="score all edits so far after these numbers")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for figure, numbers and logs")
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.report import draw, table
+    from sphere_plugin.sequence.demo import Demo, demo_hparams, held_out, run_demo
+
+    out = arguments.out.expanduser().resolve()
+    demo = Demo(
+        hparams=demo_hparams(arguments.hparams, arguments.base_method, arguments.model),
+        out=out,
+        data=None if arguments.data is None else arguments.data.expanduser().resolve(),
+        text=held_out(arguments.text),
+        edits=arguments.edits,
+        batch_size=arguments.batch_size,
+        checkpoints=_numbers(arguments.checkpoints),
+    )
+    result = run_demo(demo)
+    draw(result, out / "demo.png")
+    print(table(result))
+    print(f"\nFigure and numbers: {out / 'demo.png'}, {out / 'demo.json'}")
+    return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError("--checkpoints", text, "numbers with commas between them", "Write 40,100,200.") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

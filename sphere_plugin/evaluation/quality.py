@@ -1,0 +1,202 @@
+"""Efficacy, Generalization and Specificity of all edits so far (paper D.2), perplexity, and hyperspherical energy.
+
+Protocol: teacher forcing on the plain prompt. An edit counts as kept where every token of its target is the model's
+first choice (strict; the share of tokens is given beside it). Specificity is the share of neighbourhood prompts whose
+next token is still the unedited model's first choice (eq. 61, 64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sphere_plugin.data import Record
+from sphere_plugin.editing.requests import read_request
+from sphere_plugin.geometry import hyperspherical_energy
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores after some edits.
+
+    Attributes:
+        edits: how many records have been edited; all of them are scored.
+        efficacy: per record, 1.0 where the whole target follows the prompt.
+        generalization: per record, the share of its paraphrases where it does.
+        specificity: per record, the share of its neighbourhood prompts with the unedited model's next token.
+        efficacy_tokens: per record, the share of target tokens that are the first choice behind the prompt.
+        nll: mean negative log-likelihood of a token of the held-out text, in nats.
+    """
+
+    edits: int
+    efficacy: tuple[float, ...]
+    generalization: tuple[float, ...]
+    specificity: tuple[float, ...]
+    efficacy_tokens: tuple[float, ...]
+    nll: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Token ids, and the tokens asked for at the end; none asks for the next token."""
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+class Quality:
+    """Scores one model on a fixed list of records; made before the first edit.
+
+    Args:
+        model: a causal language model of Hugging Face's, unedited.
+        tokenizer: its tokenizer.
+        records: in the order in which they will be edited.
+        text: held-out text for perplexity.
+        neighbours: neighbourhood prompts scored per record.
+        batch_tokens: tokens in one forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        records: Sequence[Record],
+        text: str,
+        neighbours: int = 2,
+        batch_tokens: int = 4096,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.records = list(records)
+        self.batch_tokens = batch_tokens
+        self._edits = [self._target_prompts(record, [record.prompt]) for record in self.records]
+        self._paraphrases = [self._target_prompts(record, record.paraphrases) for record in self.records]
+        self._neighbours = [
+            [_Prompt(self._encode(prompt), ()) for prompt in record.neighbours[:neighbours]] for record in self.records
+        ]
+        self._text = [self._encode(part) for part in text.split("\n\n") if part.strip()]
+        self._unedited = self._predict([prompt for group in self._neighbours for prompt in group])
+
+    def prompts(self, edits: int) -> int:
+        """How many prompts :meth:`score` reads for so many edits."""
+        kinds = (self._edits, self._paraphrases, self._neighbours)
+        return sum(len(group) for kind in kinds for group in kind[:edits])
+
+    def score(self, edits: int, progress: Callable[[int], None] | None = None) -> Scores:
+        """Score the first ``edits`` records; ``progress`` is told the number of prompts done."""
+        asked = self._edits[:edits], self._paraphrases[:edits], self._neighbours[:edits]
+        flat = [prompt for kind in asked for group in kind for prompt in group]
+        said = iter(self._predict(flat, progress))
+        efficacy = [[next(said) for _ in group] for group in asked[0]]
+        generalization = [[next(said) for _ in group] for group in asked[1]]
+        neighbours = [next(said) for group in asked[2] for _ in group]
+        same = iter(float(now == before) for now, before in zip(neighbours, self._unedited, strict=False))
+        return Scores(
+            edits=edits,
+            efficacy=tuple(_strict(g, p) for g, p in zip(efficacy, asked[0], strict=True)),
+            generalization=tuple(_strict(g, p) for g, p in zip(generalization, asked[1], strict=True)),
+            specificity=tuple(_mean([next(same) for _ in group]) for group in asked[2]),
+            efficacy_tokens=tuple(_tokens(g, p) for g, p in zip(efficacy, asked[0], strict=True)),
+            nll=self.nll(),
+        )
+
+    @torch.no_grad()
+    def nll(self) -> float:
+        """Mean negative log-likelihood of a token of the held-out text, in nats."""
+        total, count = 0.0, 0
+        for ids in self._text:
+            tokens = torch.tensor([ids], device=self._device)
+            logits = self._head(self._hidden(tokens, torch.ones_like(tokens))[0, :-1]).float()
+            total += float(nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+            count += len(ids) - 1
+        return total / count
+
+    def _target_prompts(self, record: Record, prompts: Sequence[str]) -> list[_Prompt]:
+        request = {"prompt": record.prompt, "subject": record.subject, "target_new": record.target_new}
+        target = self.tokenizer(read_request(request, record.prompt).target, add_special_tokens=False)["input_ids"]
+        return [_Prompt(self._encode(prompt) + tuple(target[:-1]), tuple(target)) for prompt in prompts]
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text.rstrip())["input_ids"])
+
+    @torch.no_grad()
+    def _predict(
+        self, prompts: Sequence[_Prompt], progress: Callable[[int], None] | None = None
+    ) -> list[tuple[int, ...]]:
+        """The model's first choices for the asked tokens of every prompt, in the order given."""
+        choices: list[tuple[int, ...]] = [()] * len(prompts)
+        for batch in self._batches(prompts):
+            width = max(len(prompts[number].ids) for number in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            rows, columns = [], []
+            for row, number in enumerate(batch):
+                prompt = prompts[number]
+                length, asked = len(prompt.ids), max(1, len(prompt.targets))
+                ids[row, :length] = torch.tensor(prompt.ids)
+                mask[row, :length] = 1
+                rows += [row] * asked
+                columns += range(length - asked, length)
+            hidden = self._hidden(ids.to(self._device), mask.to(self._device))
+            said = self._head(hidden[rows, columns]).argmax(dim=1).tolist()
+            for number in batch:
+                asked = max(1, len(prompts[number].targets))
+                choices[number], said = tuple(said[:asked]), said[asked:]
+            if progress is not None:
+                progress(len(batch))
+        return choices
+
+    def _batches(self, prompts: Sequence[_Prompt]) -> Iterator[list[int]]:
+        """Numbers of prompts, those of like length together."""
+        batch: list[int] = []
+        for number in sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids)):
+            if batch and (len(batch) + 1) * len(prompts[number].ids) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(number)
+        if batch:
+            yield batch
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        base = getattr(self.model, "base_model", self.model)
+        hidden: Tensor = base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.get_output_embeddings()(hidden)  # type: ignore[operator]
+        return logits
+
+
+def energies(weights: Sequence[Tensor], s: float) -> list[float]:
+    """Hyperspherical energy of each weight [d_out, d_in]."""
+    return [hyperspherical_energy(weight, s) for weight in weights]
+
+
+def _strict(said: Sequence[tuple[int, ...]], prompts: Sequence[_Prompt]) -> float:
+    return _mean([float(tokens == prompt.targets) for tokens, prompt in zip(said, prompts, strict=True)])
+
+
+def _tokens(said: Sequence[tuple[int, ...]], prompts: Sequence[_Prompt]) -> float:
+    shares = [
+        _mean([float(a == b) for a, b in zip(tokens, prompt.targets, strict=True)])
+        for tokens, prompt in zip(said, prompts, strict=True)
+    ]
+    return _mean(shares)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

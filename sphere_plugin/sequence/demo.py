@@ -1,0 +1,254 @@
+"""The demo: the same facts into the same model twice, without SPHERE and with it, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import platform
+import queue
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sphere_plugin._version import __version__
+from sphere_plugin.data import own_text, read_records
+from sphere_plugin.easyedit.host import load_host
+from sphere_plugin.easyedit.hparams import SphereHyperParams
+from sphere_plugin.easyedit.registration import register
+from sphere_plugin.editing import Editor
+from sphere_plugin.errors import SphereError
+from sphere_plugin.evaluation import Quality
+from sphere_plugin.files import write_json
+from sphere_plugin.models import load_model, resolve_model
+from sphere_plugin.sequence.run import Checkpoint, SequentialRun, check_schedule
+
+_LOG = logging.getLogger("sphere_plugin")
+
+# Scoring one prompt, as a share of editing one fact: only the progress bar's estimate depends on it.
+PROMPT_COST = 0.04
+
+
+class DemoError(SphereError, RuntimeError):
+    """One of the two runs failed."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What to run.
+
+    Attributes:
+        hparams: the settings, of which ``alpha`` is the strength of the run with SPHERE.
+        out: folder for the figure, the numbers and the logs.
+        data: a file of facts; None is the project's own.
+        text: held-out text for perplexity.
+        edits: how many facts.
+        batch_size: facts per batch.
+        checkpoints: numbers of edits after which all so far are scored.
+    """
+
+    hparams: SphereHyperParams
+    out: Path
+    data: Path | None
+    text: str
+    edits: int
+    batch_size: int
+    checkpoints: tuple[int, ...]
+
+    def entries(self) -> dict[str, SphereHyperParams]:
+        """The pair: the base method alone, and with SPHERE."""
+        base = self.hparams.base_method
+        return {base: dataclasses.replace(self.hparams, alpha=0.0), f"{base} + SPHERE": self.hparams}
+
+
+def run_demo(demo: Demo) -> dict[str, Any]:
+    """Run both entries, each in a process of one thread; returns what was also written to ``out/demo.json``.
+
+    Raises:
+        SphereError: bad settings or data, before anything is computed; DemoError if a run fails.
+    """
+    read_records(demo.data, demo.edits)
+    check_schedule(demo.edits, demo.batch_size, demo.checkpoints)
+    host = load_host().describe()
+    hparams = demo.hparams
+    hparams.model_name = resolve_model(hparams.model_name)
+    _prepare(hparams)
+    started = time.perf_counter()
+    checkpoints = _side_by_side(demo)
+    result = {
+        "demo": {
+            "edits": demo.edits,
+            "batch_size": demo.batch_size,
+            "data": "the project's own facts" if demo.data is None else demo.data.name,
+            "model": Path(hparams.model_name).name,
+            "hparams": {f.name: getattr(hparams, f.name) for f in dataclasses.fields(hparams) if f.name != "model_name"},
+            "seconds": round(time.perf_counter() - started, 1),
+            "host": host.split(" in ")[0],
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_default_dtype()}",
+            "versions": {name: version(name) for name in ("torch", "transformers")} | {"sphere-plugin": __version__},
+        },
+        "entries": checkpoints,
+    }
+    write_json(demo.out / "demo.json", result)
+    return result
+
+
+def _prepare(hparams: SphereHyperParams) -> None:
+    """Count key statistics with all threads, once, so that both runs find them in the cache."""
+    model, tokenizer = load_model(hparams.model_name)
+    bars: dict[str, tqdm[Any]] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = tqdm(total=total, desc=what, unit="text")
+        bars[what].update(done)
+
+    Editor(model, tokenizer, hparams.editing(), progress).prepare()
+    for bar in bars.values():
+        bar.close()
+
+
+# ---- two processes, one bar each ----
+
+
+def _side_by_side(demo: Demo) -> dict[str, list[dict[str, Any]]]:
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.Queue()
+    entries = demo.entries()
+    workers = {
+        name: context.Process(target=_work, args=(name, hparams, demo, messages), daemon=True)
+        for name, hparams in entries.items()
+    }
+    scored = {name: [] for name in entries}  # type: dict[str, list[dict[str, Any]]]
+    with _one_thread_each():
+        for worker in workers.values():
+            worker.start()
+    bars = {name: tqdm(total=None, desc=f"{name:20}", unit="fact", position=n) for n, name in enumerate(entries)}
+    try:
+        running = set(entries)
+        while running:
+            name, kind, content = _next(messages, workers, running, demo.out)
+            if kind == "total":
+                bars[name].total = content
+                bars[name].refresh()
+            elif kind == "progress":
+                bars[name].update(content)
+            elif kind == "checkpoint":
+                scored[name].append(content)
+            elif kind == "failed":
+                raise DemoError(name, content, "a finished run", f"See {demo.out / _log_name(name)}.")
+            else:
+                running.discard(name)
+    finally:
+        for bar in bars.values():
+            bar.close()
+        for worker in workers.values():
+            worker.terminate()
+    return scored
+
+
+def _next(messages: Any, workers: dict[str, Any], running: set[str], out: Path) -> tuple[str, str, Any]:
+    while True:
+        try:
+            message: tuple[str, str, Any] = messages.get(timeout=5)
+            return message
+        except queue.Empty:
+            for name in running:
+                if not workers[name].is_alive():
+                    code = workers[name].exitcode
+                    raise DemoError(
+                        name, f"exit code {code}", "a finished run", f"See {out / _log_name(name)}; free some memory."
+                    ) from None
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Environment for the workers: one thread each, and an allocator that keeps the memory it has.
+
+    Two runs of one thread beat one run of two threads by far on two shared cores. Giving freed memory back to the
+    system and faulting it in again, which glibc does for large tensors, costs more than many of the products.
+    """
+    wanted = {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "MALLOC_TRIM_THRESHOLD_": "-1",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TOP_PAD_": str(1 << 26),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _work(name: str, hparams: SphereHyperParams, demo: Demo, messages: Any) -> None:
+    """One run, in its own process."""
+    folder = demo.out / _log_name(name).removesuffix(".log")
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)  # EasyEdit writes its own log to the working directory
+    logging.basicConfig(filename=demo.out / _log_name(name), filemode="w", level=logging.INFO)
+    logging.getLogger("easyeditor").setLevel(logging.WARNING)
+    try:
+        for checkpoint in _run(hparams, demo, lambda kind, content: messages.put((name, kind, content))):
+            messages.put((name, "checkpoint", _plain(checkpoint)))
+        messages.put((name, "done", None))
+    except BaseException as error:
+        logging.error(traceback.format_exc())
+        messages.put((name, "failed", str(error) or type(error).__name__))
+
+
+def _run(hparams: SphereHyperParams, demo: Demo, tell: Callable[[str, Any], None]) -> Iterator[Checkpoint]:
+    torch.set_num_threads(1)
+    records = read_records(demo.data, demo.edits)
+    editor = register().base_editor(hparams)
+    quality = Quality(editor.model, editor.tok, records, demo.text)
+    prompts = sum(quality.prompts(edits) for edits in demo.checkpoints)
+    tell("total", round(demo.edits + PROMPT_COST * prompts))
+
+    def progress(edits: int, scored: int) -> None:
+        tell("progress", edits + PROMPT_COST * scored)
+
+    yield from SequentialRun(editor, records, quality, demo.batch_size, demo.checkpoints, progress)
+
+
+def _log_name(name: str) -> str:
+    return name.lower().replace(" + ", "-") + ".log"
+
+
+def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as JSON has it."""
+    scores = dataclasses.asdict(checkpoint.scores)
+    energy = {f"{s:g}": values for s, values in checkpoint.energy.items()}
+    return {**scores, "energy": energy, "fresh": checkpoint.fresh, "seconds": round(checkpoint.seconds, 1)}
+
+
+def demo_hparams(path: Path, base_method: str, model: str | None) -> SphereHyperParams:
+    """The settings in ``path``, with this base method, its own strength of SPHERE, and this model if one is named."""
+    hparams = SphereHyperParams.from_hparams(path)
+    changes: dict[str, Any] = {} if model is None else {"model_name": model}
+    if hparams.base_method != base_method:
+        changes |= {"base_method": base_method, "alpha": None}
+    return dataclasses.replace(hparams, **changes)
+
+
+def held_out(path: Path | None) -> str:
+    """The text perplexity is measured on."""
+    return own_text() if path is None else path.read_text(encoding="utf-8")
