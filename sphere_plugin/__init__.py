@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sphere_plugin._version import __version__
 
 if TYPE_CHECKING:
-    from sphere_plugin.editing import Editor, EditingConfig
+    from sphere_plugin.editing import EditingConfig, Editor
     from sphere_plugin.errors import CacheError, ConfigError, HostError, ModelError, RequestError, SphereError
     from sphere_plugin.geometry import PrincipalSpace, energy_change, hyperspherical_energy
     from sphere_plugin.restraints import SphereConfig

@@ -44,7 +44,9 @@ def pico_config(kind: str, **changes: object) -> EditingConfig:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
+def own_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+):
     """Statistics of pico models go to a folder of the test run; the embedded model stays in the user's cache."""
     if "keeps_cache" not in request.keywords:
         monkeypatch.setenv("SPHERE_PLUGIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -57,7 +57,9 @@ def test_replayed_layers_equal_the_plain_forward_pass(kind: str) -> None:
         expected = layer_outputs(model, anatomy, list(sentence.ids))[3]
         length = len(sentence.ids)
         torch.testing.assert_close(out[row, :length], expected, atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(tail[row, : length - sentence.lookup], expected[sentence.lookup :], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            tail[row, : length - sentence.lookup], expected[sentence.lookup :], atol=2e-5, rtol=1e-4
+        )
     torch.testing.assert_close(picked, tail[[4, 1]])
 
 
@@ -73,9 +75,9 @@ def aim_one_plainly(model, anatomy, locator, fact, prefixes, config) -> torch.Te
     for step in range(config.v_num_grad_steps):
 
         def log_probabilities(sentence):
-            def hook(_, __, output, at=sentence.lookup):
+            def hook(_, __, output, at=sentence.lookup, shift=delta):
                 hidden = (output[0] if isinstance(output, tuple) else output).clone()
-                hidden[0, at] += delta
+                hidden[0, at] += shift
                 return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
             handle = anatomy.decoder[layer].register_forward_hook(hook)
@@ -149,7 +151,8 @@ def test_keys_and_values_are_what_the_layers_see_after_the_edits_below(kind: str
             for prefix, share in zip(CONTEXTS.prefixes, CONTEXTS.shares, strict=True):
                 sentence = locator.keyed(fact, prefix)
                 seen = []
-                handle = anatomy.rewrites[layer].module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+                module = anatomy.rewrites[layer].module
+                handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
                 outputs = layer_outputs(model, anatomy, list(sentence.ids))
                 handle.remove()
                 total = total + share * seen[0].reshape(-1, seen[0].shape[-1])[sentence.lookup]
@@ -159,8 +162,8 @@ def test_keys_and_values_are_what_the_layers_see_after_the_edits_below(kind: str
         torch.testing.assert_close(keys, torch.stack(expected_keys, 1).detach(), atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(values, torch.stack(expected_values, 1), atol=2e-5, rtol=1e-4)
         if layer == 1:
-            rewrite = anatomy.rewrites[1]
-            rewrite.write(rewrite.weight + 0.05 * torch.randn(rewrite.weight.shape, generator=torch.Generator().manual_seed(1)))
+            rewrite, noise = anatomy.rewrites[1], torch.Generator().manual_seed(1)
+            rewrite.write(rewrite.weight + 0.05 * torch.randn(rewrite.weight.shape, generator=noise))
 
 
 def test_the_lookup_token_is_the_one_that_ends_the_subject() -> None:

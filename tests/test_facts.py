@@ -88,8 +88,13 @@ def test_one_record_a_line(records: list[Record]) -> None:
 def test_schema(records: list[Record]) -> None:
     for record in records:
         assert list(record) == [
-            "case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts",
-            "neighborhood_targets", "attribute_prompts", "generation_prompts",
+            "case_id",
+            "requested_rewrite",
+            "paraphrase_prompts",
+            "neighborhood_prompts",
+            "neighborhood_targets",
+            "attribute_prompts",
+            "generation_prompts",
         ]
         assert type(record["case_id"]) is int
         rewrite = record["requested_rewrite"]
@@ -98,10 +103,14 @@ def test_schema(records: list[Record]) -> None:
         assert re.fullmatch(r"P\d+", rewrite["relation_id"])
         assert record["attribute_prompts"] == []
         texts = [
-            rewrite["prompt"], rewrite["subject"],
-            rewrite["target_new"]["str"], rewrite["target_true"]["str"],
-            *record["paraphrase_prompts"], *record["neighborhood_prompts"],
-            *record["neighborhood_targets"], *record["generation_prompts"],
+            rewrite["prompt"],
+            rewrite["subject"],
+            rewrite["target_new"]["str"],
+            rewrite["target_true"]["str"],
+            *record["paraphrase_prompts"],
+            *record["neighborhood_prompts"],
+            *record["neighborhood_targets"],
+            *record["generation_prompts"],
         ]
         for text in texts:
             assert isinstance(text, str) and text and text == " ".join(text.split()), record
@@ -211,10 +220,10 @@ def test_order_mixes_relations_and_separates_subjects(records: list[Record]) -> 
     subjects = [parts(record)[0] for record in records]
     assert len(set(subjects[:300])) >= 285
     for start in range(len(records) - 49):
-        window = subjects[start:start + 50]
+        window = subjects[start : start + 50]
         assert len(set(window)) == 50, Counter(window).most_common(1)
     for start in range(0, len(records) - 49, 50):
-        relations = {r["requested_rewrite"]["relation_id"] for r in records[start:start + 50]}
+        relations = {r["requested_rewrite"]["relation_id"] for r in records[start : start + 50]}
         assert len(relations) >= 10, start
 
 

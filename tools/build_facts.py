@@ -107,10 +107,14 @@ def require(condition: bool, message: str) -> None:
 
 def check_template(template: str) -> None:
     """A template has one slot and leaves off where the next word can follow after a space."""
-    require(template.count("{}") == 1 and template.format("") == template.replace("{}", ""),
-            f"template needs exactly one {{}}: {template!r}")
-    require(template == template.strip() and template[-1] not in ".?!:,",
-            f"template must end so that a word can follow: {template!r}")
+    require(
+        template.count("{}") == 1 and template.format("") == template.replace("{}", ""),
+        f"template needs exactly one {{}}: {template!r}",
+    )
+    require(
+        template == template.strip() and template[-1] not in ".?!:,",
+        f"template must end so that a word can follow: {template!r}",
+    )
 
 
 def check_fact(fact: Fact) -> None:
@@ -173,7 +177,7 @@ def order_facts(facts: Sequence[Fact]) -> list[Fact]:
         position = len(ordered)
         if position == DISTINCT_PREFIX:  # spread what was put off over the rest
             queue = shuffled(queue, "rest")
-        window = ordered if position < DISTINCT_PREFIX else ordered[-(BATCH - 1):]
+        window = ordered if position < DISTINCT_PREFIX else ordered[-(BATCH - 1) :]
         taken = {fact.subject for fact in window}
         left = Counter(fact.subject for fact in queue)
         free = [i for i, fact in enumerate(queue) if fact.subject not in taken]
@@ -194,9 +198,12 @@ def draw_new_targets(facts: Sequence[Fact]) -> dict[Fact, str]:
         for fact in shuffled(table, "new target"):
             first_word = fact.target.split()[0].casefold()
             candidates = [
-                target for target in uses
-                if target.casefold() not in fact.true_answers and target.split()[0].casefold() != first_word
-                and not mentions(fact.subject, target) and not mentions(target, fact.subject)
+                target
+                for target in uses
+                if target.casefold() not in fact.true_answers
+                and target.split()[0].casefold() != first_word
+                and not mentions(fact.subject, target)
+                and not mentions(target, fact.subject)
             ]
             require(bool(candidates), f"no counterfactual object for {fact.prompt!r}")
             chosen = min(candidates, key=lambda target: (uses[target], rank(fact.prompt, target)))
@@ -238,7 +245,8 @@ def neighbors(fact: Fact, held_out: Sequence[Fact], new_target: str) -> list[Fac
     Where the new target happens to be right for another subject, that subject is no use as a neighbour.
     """
     others = [
-        other for other in held_out
+        other
+        for other in held_out
         if not mentions(other.prompt, fact.subject) and new_target.casefold() not in other.true_answers
     ]
     same_kind = [o for o in others if o.relation.kind == fact.relation.kind and o.target == fact.target]
@@ -270,21 +278,23 @@ def build_records(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     records = []
     for case_id, fact in enumerate(order_facts(edited)):
         nearby = neighbors(fact, held_out, new_targets[fact])
-        records.append({
-            "case_id": case_id,
-            "requested_rewrite": {
-                "prompt": fact.relation.prompt,
-                "relation_id": fact.relation.id,
-                "target_new": {"str": new_targets[fact]},
-                "target_true": {"str": fact.target},
-                "subject": fact.subject,
-            },
-            "paraphrase_prompts": pick_templates(fact, fact.relation.paraphrases, PARAPHRASES),
-            "neighborhood_prompts": [other.prompt for other in nearby],
-            "neighborhood_targets": [other.target for other in nearby],
-            "attribute_prompts": [],
-            "generation_prompts": pick_templates(fact, fact.relation.generation, GENERATIONS),
-        })
+        records.append(
+            {
+                "case_id": case_id,
+                "requested_rewrite": {
+                    "prompt": fact.relation.prompt,
+                    "relation_id": fact.relation.id,
+                    "target_new": {"str": new_targets[fact]},
+                    "target_true": {"str": fact.target},
+                    "subject": fact.subject,
+                },
+                "paraphrase_prompts": pick_templates(fact, fact.relation.paraphrases, PARAPHRASES),
+                "neighborhood_prompts": [other.prompt for other in nearby],
+                "neighborhood_targets": [other.target for other in nearby],
+                "attribute_prompts": [],
+                "generation_prompts": pick_templates(fact, fact.relation.generation, GENERATIONS),
+            }
+        )
     return records
 
 

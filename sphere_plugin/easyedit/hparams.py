@@ -111,7 +111,8 @@ class SphereHyperParams(EditingConfig):
         ]
         if missing:
             raise ConfigError("hparams", missing, "a value for each of these keys", _LOOK)
-        return cls(**{key: _number(value) if "float" in types[key] else value for key, value in values.items()})
+        read: dict[str, Any] = {key: _number(v) if "float" in types[key] else v for key, v in values.items()}
+        return cls(**read)
 
     @classmethod
     def of(cls, hparams: object) -> SphereHyperParams:

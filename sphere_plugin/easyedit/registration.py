@@ -37,7 +37,7 @@ def register() -> Host:
         return host
     replaced = host.alg_dict.get(ALG_NAME)
     patches = _Patches()
-    host.alg_dict[ALG_NAME] = SphereMethod(  # type: ignore[assignment]
+    host.alg_dict[ALG_NAME] = SphereMethod(
         restoring="by editor" if host.kind == "main" else "by method",
         undo=functools.partial(_undo, host, replaced, patches),
     )
@@ -45,7 +45,7 @@ def register() -> Host:
     patches.set(
         host.batch_editor, "is_batchable_method", staticmethod(lambda name: name == ALG_NAME or batchable(name))
     )
-    patches.set(host.base_editor, "__init__", _opening(host.base_editor.__init__))
+    patches.set(host.base_editor, "__init__", _opening(vars(host.base_editor)["__init__"]))
     for name in ("edit", "batch_edit"):
         patches.set(host.base_editor, name, _checked(getattr(host.base_editor, name), host.kind))
     note = "in place of EasyEdit's own, until unregister()" if replaced is not None else "as a new method"
@@ -169,4 +169,3 @@ def _column(values: Any) -> Sequence[Any]:
     if values is None:
         return []
     return values if isinstance(values, Sequence) and not isinstance(values, str) else [values]
-

@@ -1,4 +1,4 @@
-"""SPHERE's own editor: the closed forms of MEMIT and AlphaEdit in batches, with the projection inside the layer loop."""
+"""SPHERE's own editor: the closed forms of MEMIT and AlphaEdit in batches, projected inside the layer loop."""
 
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.editor import Editor, EditReport, LayerReport

@@ -121,12 +121,13 @@ class _Search:
                     continue
                 loss = part.losses(self.anatomy, delta, self.layer, self.contexts, self.config.kl_factor)
                 if gradients:
-                    loss.sum().backward()  # type: ignore[no-untyped-call]
+                    torch.autograd.backward(loss.sum())
                 losses += loss.detach()
             decay = self.config.v_weight_decay * delta.norm(dim=1) / norms.square()
             if gradients:
-                decay.sum().backward()  # type: ignore[no-untyped-call]
-        return losses + decay.detach()
+                torch.autograd.backward(decay.sum())
+        total: Tensor = losses + decay.detach()
+        return total
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ class _Group:
         losses = torch.zeros(count, device=hidden.device)
         if not places:
             return losses
-        rows, positions, tokens = (torch.tensor(column, device=hidden.device) for column in list(zip(*places))[:3])
+        index = torch.tensor([place[:3] for place in places], device=hidden.device)
+        rows, positions, tokens = index.unbind(dim=1)
         said = _log_probabilities(anatomy, hidden[rows, positions]).gather(1, tokens[:, None])[:, 0]
         shares = torch.tensor([1 / (contexts * len(row.sentence.targets)) for *_, row in places], device=hidden.device)
         facts = torch.tensor([row.fact for *_, row in places], device=hidden.device)

@@ -32,7 +32,9 @@ class Rewrite:
         """The live weight as it is stored."""
         weight = self.module.weight
         if not isinstance(weight, nn.Parameter):
-            raise ModelError(self.name, type(weight).__name__, "a plain parameter", "Edit a model that is not wrapped.")
+            raise ModelError(
+                self.name, type(weight).__name__, "a plain parameter", "Edit a model that is not wrapped."
+            )
         return weight
 
     @property

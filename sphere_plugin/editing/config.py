@@ -1,4 +1,4 @@
-"""The settings of SPHERE's own editor. Every field is explained once more, with the paper's values, in docs/hparams.md."""
+"""The settings of SPHERE's own editor. docs/hparams.md gives every field's trade-off and the paper's values."""
 
 from __future__ import annotations
 
@@ -92,8 +92,10 @@ class EditingConfig:
         _check_layers(self.layers)
         _check_templates(self.rewrite_module_tmp, self.layer_module_tmp)
         _check_contexts(self.context_template_length_params)
-        for name, least in (("v_num_grad_steps", 1), ("mom2_n_samples", 1), ("token_budget", 64)):
+        for name, least in (("v_num_grad_steps", 1), ("mom2_n_samples", 1), ("token_budget", 64), ("seed", 0)):
             _check_number(name, getattr(self, name), least, whole=True)
+        if self.v_loss_layer is not None:
+            _check_number("v_loss_layer", self.v_loss_layer, 0, whole=True)
         for name in ("v_lr", "clamp_norm_factor", "mom2_update_weight", "nullspace_threshold", "L2"):
             _check_number(name, getattr(self, name), 0.0, above=True)
         for name in ("v_weight_decay", "kl_factor"):
@@ -130,7 +132,9 @@ def _check_layers(layers: object) -> None:
         and layers == sorted(set(layers))
     )
     if not good:
-        raise ConfigError("layers", layers, "ascending layer numbers without repeats", "Write layers: [4, 5, 6, 7, 8].")
+        raise ConfigError(
+            "layers", layers, "ascending layer numbers without repeats", "Write layers: [4, 5, 6, 7, 8]."
+        )
 
 
 def _check_templates(rewrite: str, layer: str) -> None:

@@ -70,30 +70,31 @@ def write_texts(
     """
     texts: list[str] = []
     device = next(model.parameters()).device
-    side = tokenizer.padding_side
     devices = [device] if device.type == "cuda" else []
+    # Padded here and on the left: many tokenizers have no pad token of their own.
+    pad = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        try:
-            tokenizer.padding_side = "left"
-            while len(texts) < number:
-                size = min(batch, number - len(texts))
-                starts = [openers[(len(texts) + k) % len(openers)] for k in range(size)]
-                encoded = tokenizer(starts, return_tensors="pt", padding=True).to(device)
-                with torch.no_grad():
-                    written = model.generate(  # type: ignore[operator]
-                        input_ids=encoded["input_ids"],
-                        attention_mask=encoded["attention_mask"],
-                        max_new_tokens=tokens,
-                        do_sample=True,
-                        temperature=1.0,
-                        top_k=0,
-                        top_p=1.0,
-                        pad_token_id=tokenizer.pad_token_id,
-                    )
-                texts += tokenizer.batch_decode(written, skip_special_tokens=True)
-                if progress is not None:
-                    progress(size)
-        finally:
-            tokenizer.padding_side = side
+        while len(texts) < number:
+            size = min(batch, number - len(texts))
+            starts = [openers[(len(texts) + k) % len(openers)] for k in range(size)]
+            rows = tokenizer(starts)["input_ids"]
+            missing = [max(map(len, rows)) - len(row) for row in rows]
+            ids = [[pad] * n + row for n, row in zip(missing, rows, strict=True)]
+            mask = [[0] * n + [1] * len(row) for n, row in zip(missing, rows, strict=True)]
+            with torch.no_grad():
+                written = model.generate(  # type: ignore[operator]
+                    input_ids=torch.tensor(ids, device=device),
+                    attention_mask=torch.tensor(mask, device=device),
+                    max_new_tokens=tokens,
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    pad_token_id=pad,
+                )
+            new = [row[n:] for n, row in zip(missing, written, strict=True)]
+            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+            if progress is not None:
+                progress(size)
     return texts

@@ -22,18 +22,27 @@ DATASETS = (
     ("wikitext", ("Salesforce/wikitext", "wikitext-103-raw-v1")),
 )
 TEXT_FIELDS = ("text", "passage", "document", "content", "prompt")
-_REMEDY = 'Give a text file, or mom2_dataset: generated, which needs nothing: the model writes the text itself.'
+_REMEDY = "Give a text file, or mom2_dataset: generated, which needs nothing: the model writes the text itself."
 
 
 def check_source(source: str) -> None:
     """Raise ConfigError if ``source`` looks like a file that is not there."""
     path = Path(source).expanduser()
-    if source != GENERATED and not path.is_file() and (path.suffix in (".txt", ".json", ".jsonl") or path.is_absolute()):
+    if (
+        source != GENERATED
+        and not path.is_file()
+        and (path.suffix in (".txt", ".json", ".jsonl") or path.is_absolute())
+    ):
         raise ConfigError("mom2_dataset", source, "a text file that exists", _REMEDY)
 
 
 def read_corpus(
-    source: str, number: int, model: nn.Module, tokenizer: Any, seed: int, progress: Callable[[int], None] | None = None
+    source: str,
+    number: int,
+    model: nn.Module,
+    tokenizer: Any,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """At most ``number`` texts of ``source``.
 
@@ -81,7 +90,9 @@ def _of_dataset(name: str) -> Iterator[str]:
             yield _text_of(record, name)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ConfigError("mom2_dataset", name, f"a file, or a dataset that can be read ({reason})", _REMEDY) from error
+        raise ConfigError(
+            "mom2_dataset", name, f"a file, or a dataset that can be read ({reason})", _REMEDY
+        ) from error
 
 
 def _text_of(record: object, where: str) -> str:

@@ -175,7 +175,7 @@ class Editor:
 
     def _put(self, layer: int, weight: Tensor, restrained: Restrained) -> LayerReport:
         rewrite = self.anatomy.rewrites[layer]
-        edited = weight + restrained.delta
+        edited = (weight + restrained.delta).to(rewrite.parameter.dtype)
         if not bool(torch.isfinite(edited).all()):
             raise ModelError(
                 f"update of {rewrite.name}",
@@ -183,13 +183,14 @@ class Editor:
                 "finite numbers",
                 "The weights are as before this batch; lower v_lr, or edit a float32 model.",
             )
+        weight_norm = float(weight.norm())  # now: a float32 weight is the live one
         rewrite.write(edited)
         return LayerReport(
             name=rewrite.name,
             rank=restrained.rank,
             removed_share=restrained.removed_share,
             update_norm=float(restrained.delta.norm()),
-            weight_norm=float(weight.norm()),
+            weight_norm=weight_norm,
         )
 
     def _bind(self) -> dict[int, BoundRestraint]:
@@ -221,7 +222,12 @@ class Editor:
 
     def _check_tokens(self, facts: Sequence[Fact]) -> None:
         for fact in facts:
-            self.locator.aimed(fact)
+            if self.locator.aimed(fact).lookup == 0:
+                _LOG.warning(
+                    "the subject of %r is the first token the model sees, where decoders keep an attention sink: "
+                    "such edits hardly take; put words before it",
+                    fact.prompt,
+                )
 
     def _check_attention(self, model: nn.Module) -> None:
         kind = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
@@ -237,20 +243,20 @@ class Editor:
     @contextmanager
     def _quiet(self) -> Iterator[None]:
         """Keep dropout out of what is computed here."""
-        model = self.anatomy.model
-        training = model.training
-        model.eval()
+        training = [module for module in self.anatomy.model.modules() if module.training]
+        self.anatomy.model.eval()
         try:
             yield
         finally:
-            model.train(training)
+            for module in training:
+                module.training = True
 
     def _log(self, report: EditReport) -> None:
         ranks = sorted({layer.rank for layer in report.layers})
         removed = sum(layer.removed_share for layer in report.layers) / len(report.layers)
         change = max(layer.update_norm / layer.weight_norm for layer in report.layers)
         _LOG.info(
-            "%s%s wrote %d facts into %d weights: r %s, %.1f %% of the update removed, largest change %.2g of a weight",
+            "%s%s wrote %d facts into %d weights: r %s, %.1f %% of the update removed, change up to %.2g of a weight",
             self.config.base_method,
             " + SPHERE" if self.config.alpha else "",
             report.facts,
@@ -284,6 +290,7 @@ class _History:
         now = self._now()
         pending, self._pending = self._pending, None
         if pending is not None and now == pending[1]:
+            self._settled = now
             return [pending[0]]
         if now == self._settled and not (now == self._pretrained and pending is None):
             # The last batch was undone; what came before it still stands, which is nothing if it was the first.

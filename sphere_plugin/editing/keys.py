@@ -49,8 +49,7 @@ class KeyReader:
         self.shares = torch.tensor(contexts.shares, device=anatomy.device)
         size = _facts_at_once(locator, facts, contexts.prefixes, token_budget)
         self.parts = [
-            self._part(locator, facts[first : first + size], contexts.prefixes)
-            for first in range(0, len(facts), size)
+            self._part(locator, facts[first : first + size], contexts.prefixes) for first in range(0, len(facts), size)
         ]
         self._at = [(part.recording.hidden, _hidden_of(part.others_recording)) for part in self.parts]
         self._layer = self.layers[0]
@@ -81,7 +80,7 @@ class KeyReader:
             values.append(_at_lookup(top, part.bare))
             if part.others is not None and part.others_recording is not None and others is not None:
                 more, _ = self._through(part.others_recording, others, part.others, layer)
-                every = torch.cat([key[:, None], more.unflatten(0, (key.shape[0], -1))], dim=1)
+                every = torch.cat([key[:, None], more.reshape(key.shape[0], -1, key.shape[1])], dim=1)
                 key = torch.einsum("fcd,c->fd", every, self.shares.to(every.device))
             keys.append(key)
         return torch.cat(keys).T.contiguous(), torch.cat(values).T.contiguous()

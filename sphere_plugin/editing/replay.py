@@ -209,7 +209,9 @@ class _Suffix:
 def _causal(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[1, 1, tokens, tokens], added to attention scores."""
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
-    return torch.zeros(tokens, tokens, dtype=dtype, device=device).masked_fill_(later, torch.finfo(dtype).min)[None, None]
+    return torch.zeros(tokens, tokens, dtype=dtype, device=device).masked_fill_(later, torch.finfo(dtype).min)[
+        None, None
+    ]
 
 
 def _dtype(anatomy: Anatomy) -> torch.dtype:

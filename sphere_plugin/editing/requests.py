@@ -42,6 +42,8 @@ def read_requests(requests: Sequence[Mapping[str, Any]]) -> list[Fact]:
     Raises:
         RequestError: names the request, the field and its value.
     """
+    if isinstance(requests, Mapping | str):
+        raise RequestError("requests", requests, "a list of requests", "Write [request] for a single one.")
     if len(requests) == 0:
         raise RequestError("requests", list(requests), "at least one fact", "Pass the facts to edit.")
     return [read_request(request, f"requests[{number}]") for number, request in enumerate(requests)]
@@ -49,6 +51,8 @@ def read_requests(requests: Sequence[Mapping[str, Any]]) -> list[Fact]:
 
 def read_request(request: Mapping[str, Any], where: str) -> Fact:
     """Check one request; ``where`` names it in errors. See :func:`read_requests`."""
+    if not isinstance(request, Mapping):
+        raise RequestError(where, request, "a mapping", "Give it the keys prompt, subject and target_new.")
     prompt = _text(request.get("prompt"), f"{where}.prompt", "the sentence to complete")
     subject = _text(request.get("subject"), f"{where}.subject", "the entity the fact is about")
     target = request.get("target_new")

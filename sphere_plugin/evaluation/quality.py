@@ -139,7 +139,8 @@ class Quality:
             width = max(len(prompts[number].ids) for number in batch)
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             mask = torch.zeros_like(ids)
-            rows, columns = [], []
+            rows: list[int] = []
+            columns: list[int] = []
             for row, number in enumerate(batch):
                 prompt = prompts[number]
                 length, asked = len(prompt.ids), max(1, len(prompt.targets))

@@ -57,8 +57,8 @@ def table(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{demo['model']}, {demo['data']}, batches of {demo['batch_size']}, {demo['seconds']:.0f} s, {demo['host']}.",
-        "Efficacy, generalization, specificity: of ALL edits so far, every target token top-1 (specificity: next token",
-        "as in the unedited model). ΔHE: hyperspherical energy (s = 2) of the edited weights against before.",
+        "Efficacy, generalization, specificity: of ALL edits so far, every target token top-1 (specificity: the next",
+        "token as in the unedited model). ΔHE: hyperspherical energy (s = 2) of the edited weights against before.",
         "Fresh: EasyEdit's own rewrite_acc, taken right after each batch, which sees no forgetting.",
     ]
     return "\n".join(lines)

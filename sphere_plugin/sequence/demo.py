@@ -91,7 +91,9 @@ def run_demo(demo: Demo) -> dict[str, Any]:
             "batch_size": demo.batch_size,
             "data": "the project's own facts" if demo.data is None else demo.data.name,
             "model": Path(hparams.model_name).name,
-            "hparams": {f.name: getattr(hparams, f.name) for f in dataclasses.fields(hparams) if f.name != "model_name"},
+            "hparams": {
+                f.name: getattr(hparams, f.name) for f in dataclasses.fields(hparams) if f.name != "model_name"
+            },
             "seconds": round(time.perf_counter() - started, 1),
             "host": host.split(" in ")[0],
             "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -57,7 +57,9 @@ class SequentialRun:
     ) -> None:
         check_schedule(len(records), batch_size, checkpoints)
         if not isinstance(editor.apply_algo, Session):
-            raise ConfigError("editor", editor.alg_name, "a BaseEditor for SPHERE", "Call register() before making it.")
+            raise ConfigError(
+                "editor", editor.alg_name, "a BaseEditor for SPHERE", "Call register() before making it."
+            )
         self.editor = editor
         self.records = list(records)
         self.quality = quality
@@ -90,7 +92,9 @@ class SequentialRun:
                 verbose=False,
             )
             seconds += time.perf_counter() - started
-            fresh += [float(sum(metric["post"]["rewrite_acc"]) / len(metric["post"]["rewrite_acc"])) for metric in metrics]
+            fresh += [
+                float(sum(metric["post"]["rewrite_acc"]) / len(metric["post"]["rewrite_acc"])) for metric in metrics
+            ]
             self._progress(len(batch), 0)
             done = first + len(batch)
             if done in self.checkpoints:

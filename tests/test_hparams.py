@@ -1,0 +1,572 @@
+"""Hyper-parameters: the YAMLs of this project and of EasyEdit, what is refused, and docs/hparams.md."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, PreTrainedModel, Qwen2Config
+
+from sphere_plugin.easyedit.hparams import SYNONYMS, UNUSED, SphereHyperParams
+from sphere_plugin.editing import EditingConfig
+from sphere_plugin.editing.anatomy import Anatomy
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.restraints import SphereConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "hparams" / "SPHERE"
+DOCS = ROOT / "docs" / "hparams.md"
+HOME = os.environ.get("EASYEDIT_HOME", "")
+
+needs_main = pytest.mark.skipif(not HOME, reason="EASYEDIT_HOME is not set: no YAMLs of EasyEdit to read")
+
+# Of the real models: layers, and what is rewritten in each.
+DEPTH = {"smollm2-135m": 30, "llama3-8b": 32, "qwen2.5-7b": 28, "gpt-j-6B": 28, "gpt2-xl": 48}
+LLAMA_LIKE = "model.layers.{}.mlp.down_proj.weight"
+REWRITTEN = {
+    "smollm2-135m": LLAMA_LIKE,
+    "llama3-8b": LLAMA_LIKE,
+    "qwen2.5-7b": LLAMA_LIKE,
+    "gpt-j-6B": "transformer.h.{}.mlp.fc_out.weight",
+    "gpt2-xl": "transformer.h.{}.mlp.c_proj.weight",
+}
+EASYEDIT = ("gpt-j-6B", "gpt2-xl", "llama3-8b", "llama3.1-8b", "qwen2.5-7b")
+
+# The least a YAML can say.
+LEAST = {
+    "model_name": "smollm2-135m",
+    "layers": [1, 2],
+    "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
+    "layer_module_tmp": "model.layers.{}",
+    "ln_f_module": "model.norm",
+    "lm_head_module": "lm_head",
+}
+
+
+def made(**changes: object) -> SphereHyperParams:
+    return SphereHyperParams.from_mapping({**LEAST, **changes})
+
+
+def refused(**changes: object) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        made(**changes)
+    return caught.value
+
+
+def tiny(name: str, layers: int) -> PreTrainedModel:
+    """A model of the architecture that hparams/SPHERE/<name>.yaml is for, 32 wide."""
+    gated = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    gated |= {"num_hidden_layers": layers, "num_key_value_heads": 2}
+    gpt = {"vocab_size": 64, "n_embd": 32, "n_inner": 64, "n_head": 4, "n_layer": layers, "n_positions": 16}
+    configs = {
+        "smollm2-135m": lambda: LlamaConfig(**gated, tie_word_embeddings=True),
+        "llama3-8b": lambda: LlamaConfig(**gated),
+        "qwen2.5-7b": lambda: Qwen2Config(**gated),
+        "gpt-j-6B": lambda: GPTJConfig(**gpt, rotary_dim=4, tie_word_embeddings=False),
+        "gpt2-xl": lambda: GPT2Config(**gpt),
+    }
+    with torch.random.fork_rng(devices=[]):
+        return AutoModelForCausalLM.from_config(configs[name](), dtype=torch.float32)
+
+
+# ---- the YAMLs of this project ----
+
+
+def test_there_is_one_yaml_for_each_of_the_five_models():
+    assert {path.name for path in FOLDER.iterdir()} == {f"{name}.yaml" for name in DEPTH}
+
+
+@pytest.mark.parametrize("name", DEPTH)
+class TestShipped:
+    def test_it_loads_with_what_it_says(self, name):
+        written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+        loaded = vars(SphereHyperParams.from_hparams(FOLDER / name))
+        assert {key: loaded[key] for key in written} == written
+
+    def test_plain_yaml_reads_its_numbers_as_numbers(self, name):
+        written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+        fractions = [field.name for field in dataclasses.fields(SphereHyperParams) if "float" in str(field.type)]
+        values = {key: written[key] for key in fractions}  # none of them is left out
+        assert len(values) == 9
+        assert {key: value for key, value in values.items() if type(value) not in (int, float)} == {}
+
+    def test_no_key_in_it_is_idle_or_another_name(self, name):
+        written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert written.keys().isdisjoint({*UNUSED, *SYNONYMS, "sphere"})
+
+    def test_it_asks_for_the_papers_sphere(self, name):
+        hparams = SphereHyperParams.from_hparams(FOLDER / name)
+        assert hparams.sphere() == SphereConfig(eta=0.5, alpha=0.5, basis="current", row_normalize=True)
+        assert (hparams.alg_name, hparams.base_method, hparams.projection) == ("SPHERE", "AlphaEdit", "in_loop")
+
+    def test_its_names_fit_a_model_of_that_architecture(self, name):
+        hparams = SphereHyperParams.from_hparams(FOLDER / name)
+        model = tiny(name, DEPTH[name])
+        anatomy = Anatomy.of(model, hparams.editing())
+        assert [rewrite.name for rewrite in anatomy.rewrites.values()] == [
+            REWRITTEN[name].format(layer) for layer in hparams.layers
+        ]
+        assert {tuple(rewrite.weight.shape) for rewrite in anatomy.rewrites.values()} == {(32, 64)}
+        assert {rewrite.transposed for rewrite in anatomy.rewrites.values()} == {name == "gpt2-xl"}
+        assert len(anatomy.decoder) == DEPTH[name]
+        assert anatomy.head is model.get_output_embeddings()
+        assert anatomy.norm is getattr(model.base_model, "ln_f" if name.startswith("gpt") else "norm")
+
+    def test_its_loss_is_read_from_the_last_layer(self, name):
+        hparams = SphereHyperParams.from_hparams(FOLDER / name)
+        assert hparams.v_loss_layer == DEPTH[name] - 1
+
+    def test_it_does_not_fit_a_model_with_fewer_layers(self, name):
+        hparams = SphereHyperParams.from_hparams(FOLDER / name)
+        with pytest.raises(ConfigError, match="v_loss_layer"):
+            Anatomy.of(tiny(name, DEPTH[name] - 1), hparams.editing())
+
+
+PAPER = {  # layers, steps, v_lr: appendix D.4; the others: the authors' JSON
+    "llama3-8b": ([4, 5, 6, 7, 8], 25, 0.1, 0.5, 0.75, 15000),
+    "qwen2.5-7b": ([4, 5, 6, 7, 8], 25, 0.5, 0.001, 4, 15000),
+    "gpt-j-6B": ([3, 4, 5, 6, 7, 8], 25, 0.5, 0.5, 0.75, 15000),
+    "gpt2-xl": ([13, 14, 15, 16, 17], 20, 0.5, 0.5, 0.75, 20000),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_values_of_the_papers(name):
+    hparams = SphereHyperParams.from_hparams(FOLDER / name)
+    assert (
+        hparams.layers,
+        hparams.v_num_grad_steps,
+        hparams.v_lr,
+        hparams.v_weight_decay,
+        hparams.clamp_norm_factor,
+        hparams.mom2_update_weight,
+    ) == PAPER[name]
+    assert (hparams.kl_factor, hparams.nullspace_threshold, hparams.L2) == (0.0625, 0.02, 10)
+    assert (hparams.mom2_dataset, hparams.mom2_n_samples) == ("wikipedia", 100000)
+    assert (hparams.context_template_length_params, hparams.fact_token) == ([[10, 5]], "subject_last")
+    assert (hparams.device, hparams.batch_size) == (0, 1)
+
+
+# ---- the YAMLs of EasyEdit ----
+
+
+@needs_main
+@pytest.mark.parametrize("name", EASYEDIT)
+class TestEasyEdit:
+    def test_its_own_yaml_loads_unchanged(self, name):
+        path = Path(HOME).expanduser() / "hparams" / "SPHERE" / f"{name}.yaml"
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        hparams = SphereHyperParams.from_hparams(str(path))
+        assert (hparams.eta, hparams.alpha) == (written["cumulative_ratio"], written["suppression_strength"])
+        numbers = ("v_lr", "v_weight_decay", "nullspace_threshold", "L2", "clamp_norm_factor", "mom2_update_weight")
+        assert {key: getattr(hparams, key) for key in numbers} == {key: float(written[key]) for key in numbers}
+        same = ("model_name", "layers", "v_loss_layer", "rewrite_module_tmp", "mom2_dataset", "stats_dir")
+        assert {key: getattr(hparams, key) for key in same} == {key: written[key] for key in same}
+        assert hparams.base_method == "AlphaEdit"
+
+    def test_its_names_for_eta_and_alpha_are_read(self, name, tmp_path):
+        path = Path(HOME).expanduser() / "hparams" / "SPHERE" / f"{name}.yaml"
+        text = path.read_text(encoding="utf-8")
+        text, etas = re.subn(r"(?m)^cumulative_ratio:.*", "cumulative_ratio: 0.25", text)
+        text, alphas = re.subn(r"(?m)^suppression_strength:.*", "suppression_strength: 0.75", text)
+        assert (etas, alphas) == (1, 1)
+        (tmp_path / "other.yaml").write_text(text, encoding="utf-8")
+        hparams = SphereHyperParams.from_hparams(tmp_path / "other")
+        assert (hparams.eta, hparams.alpha) == (0.25, 0.75)
+
+
+@needs_main
+def test_these_are_all_yamls_that_easyedit_has_for_sphere():
+    folder = Path(HOME).expanduser() / "hparams" / "SPHERE"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(EASYEDIT)
+
+
+@pytest.mark.parametrize("key", UNUSED)
+def test_a_key_that_is_not_needed_changes_nothing(key):
+    assert made(**{key: "anything"}) == made()
+
+
+# ---- files ----
+
+
+class TestFiles:
+    @pytest.fixture
+    def file(self, tmp_path) -> Path:
+        path = tmp_path / "small-1.5b.yaml"
+        path.write_text(yaml.safe_dump(LEAST), encoding="utf-8")
+        return path
+
+    def test_the_suffix_may_be_left_out(self, file):
+        whole = SphereHyperParams.from_hparams(str(file))
+        assert whole == SphereHyperParams.from_hparams(str(file).removesuffix(".yaml")) == made()
+
+    def test_yml_is_a_suffix_too(self, file):
+        other = file.rename(file.with_suffix(".yml"))
+        assert SphereHyperParams.from_hparams(other) == made()
+
+    def test_the_home_folder_is_found(self, file, monkeypatch):
+        monkeypatch.setenv("HOME", str(file.parent))
+        assert SphereHyperParams.from_hparams(f"~/{file.name}") == made()
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            pytest.param("- layers\n- eta\n", "a YAML mapping", id="list"),
+            pytest.param("", "a YAML mapping", id="empty"),
+            pytest.param("just words", "a YAML mapping", id="text"),
+            pytest.param("layers: [4, 5\neta: 0.5\n", "valid YAML", id="open-bracket"),
+            pytest.param("eta: 0.5\n\talpha: 1\n", "valid YAML", id="tab"),
+        ],
+    )
+    def test_a_file_that_is_no_mapping_is_named(self, text, expected, file):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match=re.escape(str(file))) as caught:
+            SphereHyperParams.from_hparams(file)
+        assert caught.value.expected.startswith(expected)
+
+    @pytest.mark.parametrize("kind", ["missing", "folder"])
+    def test_a_file_that_cannot_be_read_is_named(self, kind, tmp_path):
+        path = tmp_path / "none.yaml"
+        if kind == "folder":
+            path.mkdir()
+        with pytest.raises(ConfigError, match=re.escape(str(path))) as caught:
+            SphereHyperParams.from_hparams(tmp_path / "none")
+        assert "can be read" in caught.value.expected
+        assert "hparams/SPHERE" in caught.value.remedy
+
+    def test_an_exponent_without_a_dot_is_a_number_all_the_same(self, file):
+        more = "nullspace_threshold: 2e-2\nv_weight_decay: 1e-3\nL2: 1e1\nalpha: 5e-1\ncumulative_ratio: 25e-2\n"
+        file.write_text(yaml.safe_dump(LEAST) + more, encoding="utf-8")
+        assert yaml.safe_load(file.read_text())["nullspace_threshold"] == "2e-2"  # what this test is about
+        hparams = SphereHyperParams.from_hparams(file)
+        read = (hparams.nullspace_threshold, hparams.v_weight_decay, hparams.L2, hparams.alpha, hparams.eta)
+        assert read == (0.02, 0.001, 10.0, 0.5, 0.25)
+        assert {type(number) for number in read} == {float}
+
+
+# ---- keys ----
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("layer", "layers"), ("v_lrr", "v_lr"), ("mom2_update_wieght", "mom2_update_weight"), ("Alpha", "alpha"),
+     ("nullspace_treshold", "nullspace_threshold"), ("row_normalise", "row_normalize")],
+)  # fmt: skip
+def test_an_unknown_key_is_refused_with_the_nearest_one(key, near):
+    error = refused(**{key: 1})
+    assert f"got {key!r}" in str(error)
+    assert repr(near) in error.remedy and "docs/hparams.md" in error.remedy
+
+
+def test_an_unknown_key_that_is_a_number_is_refused():
+    with pytest.raises(ConfigError, match="got 7, expected a known key"):
+        SphereHyperParams.from_mapping({**LEAST, 7: 1})
+
+
+def test_all_missing_keys_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        SphereHyperParams.from_mapping({"alg_name": "SPHERE", "eta": 0.5})
+    assert sorted(caught.value.got) == sorted(LEAST)
+
+
+@pytest.mark.parametrize("key", LEAST)
+def test_each_required_key_is_missed(key):
+    content = {name: value for name, value in LEAST.items() if name != key}
+    with pytest.raises(ConfigError) as caught:
+        SphereHyperParams.from_mapping(content)
+    assert caught.value.got == [key]
+
+
+@pytest.mark.parametrize("name", ["AlphaEdit", "MEMIT", "sphere", "", None])
+def test_another_method_is_refused(name):
+    error = refused(alg_name=name)
+    assert str(error).startswith(f"alg_name: got {name!r}, expected SPHERE")
+
+
+def test_reading_leaves_the_mapping_alone():
+    content = {**LEAST, "P_loc": "x", "sphere": {"eta": 0.3}, "suppression_strength": "4e-1"}
+    before = copy.deepcopy(content)
+    SphereHyperParams.from_mapping(content)
+    assert content == before
+
+
+# ---- values ----
+
+NAN, INF = math.nan, math.inf
+NO_NUMBER = ["much", None, True, [0.1], NAN]
+NO_COUNT = [0, -1, 2.0, "5", None, True, NAN]
+BAD: dict[str, list[Any]] = {
+    "model_name": ["", None, 3],
+    "alg_name": ["AlphaEdit", None],
+    "batch_size": NO_COUNT,
+    "layers": [[], [4, 4], [5, 4], [-1], [1.0], ["4"], [True], 4, "4-8", None],
+    "rewrite_module_tmp": ["model.layers.4.mlp.down_proj", "{}.{}", "model.layers.{}", "h.{}.mlp", "", None, 3],
+    "layer_module_tmp": ["model.layers.4", "model.{}.{}", "", None, 3],
+    "base_method": ["alphaedit", "ROME", "", None, 3, ["MEMIT"]],
+    "fact_token": ["subject", "Last", None, 1],
+    "projection": ["inloop", "Post", None, True],
+    "basis": ["original", "Current", None, True],
+    "eta": [0, -0.5, 1.01, -INF, INF, *NO_NUMBER],
+    "alpha": [-0.01, 1.01, -INF, INF, "much", True, [0.1], NAN],  # None is allowed
+    "v_num_grad_steps": NO_COUNT,
+    "mom2_n_samples": [*NO_COUNT, "1e5"],
+    "token_budget": [63, 0, -64, 128.0, "128", None, True],
+    "v_lr": [0, -0.1, -INF, *NO_NUMBER],
+    "clamp_norm_factor": [0, -0.1, *NO_NUMBER],
+    "mom2_update_weight": [0, -1, *NO_NUMBER],
+    "nullspace_threshold": [0, -0.02, *NO_NUMBER],
+    "L2": [0, -1, *NO_NUMBER],
+    "v_weight_decay": [-0.1, *NO_NUMBER],
+    "kl_factor": [-0.1, *NO_NUMBER],
+    "context_template_length_params": [[10, 5], [[10]], [[10, 0]], [[-1, 5]], [["10", 5]], [[1.5, 2]], "10", 5, None],
+}
+# Read by the editor, the model or EasyEdit, which have the last word.
+ELSEWHERE = {
+    "v_loss_layer", "ln_f_module", "lm_head_module", "mom2_dataset", "stats_dir", "seed", "row_normalize",
+    "device", "max_length", "model_parallel", "fp16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
+def test_a_bad_value_is_refused_by_name(field, value):
+    error = refused(**{field: value})
+    assert str(error).startswith(f"{field}: got {value!r}, expected ")
+    assert error.remedy.endswith((".", '"'))
+
+
+def test_every_field_has_its_bad_values_here():
+    assert set(BAD) | ELSEWHERE == {field.name for field in dataclasses.fields(SphereHyperParams)}
+    assert set(BAD).isdisjoint(ELSEWHERE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("eta", 1), ("alpha", 0), ("alpha", 1), ("kl_factor", 0), ("v_weight_decay", 0), ("L2", 1), ("layers", [0]),
+        ("batch_size", 100), ("v_num_grad_steps", 1), ("mom2_n_samples", 1), ("token_budget", 64),
+        ("base_method", "MEMIT"),
+        ("context_template_length_params", []), ("context_template_length_params", [[10, 5], [5, 1]]),
+        ("projection", "post"), ("basis", "pretrained"), ("row_normalize", False), ("fact_token", "last"),
+        ("fact_token", "subject_first"), ("fact_token", "subject_first_after_last"), ("device", "cuda:1"),
+    ],
+)  # fmt: skip
+def test_values_at_the_edge_are_taken(field, value):
+    hparams = made(**{field: value})
+    assert getattr(hparams, field) == getattr(hparams.editing(), field, value) == value
+
+
+# ---- eta, alpha and the sphere block ----
+
+
+@pytest.mark.parametrize(("base_method", "alpha"), [("AlphaEdit", 0.5), ("MEMIT", 0.8)])
+def test_alpha_follows_the_base_method_unless_given(base_method, alpha):
+    assert made(base_method=base_method).alpha == alpha
+    assert made(base_method=base_method, alpha=None).sphere().alpha == alpha
+    assert made(base_method=base_method, alpha=0.3).sphere().alpha == 0.3
+    assert made(base_method=base_method, alpha=0.0).sphere().alpha == 0.0
+
+
+def test_sphere_true_adds_nothing():
+    assert made(sphere=True) == made()
+
+
+def test_a_sphere_block_is_lifted():
+    block = {"eta": 0.3, "alpha": "7e-1", "basis": "pretrained"}
+    assert made(sphere=block).sphere() == SphereConfig(eta=0.3, alpha=0.7, basis="pretrained")
+    assert made(sphere=block) == made(eta=0.3, alpha=0.7, basis="pretrained")
+
+
+def test_easyedits_names_are_read_inside_a_block_too():
+    hparams = made(sphere={"cumulative_ratio": 0.3, "suppression_strength": 0.7})
+    assert (hparams.eta, hparams.alpha) == (0.3, 0.7)
+
+
+@pytest.mark.parametrize("block", [False, "yes", 3, [0.5, 0.8]])
+def test_anything_else_as_a_block_is_refused(block):
+    assert str(refused(sphere=block)).startswith(f"sphere: got {block!r}, expected true")
+
+
+def test_an_unknown_key_in_a_block_is_refused():
+    error = refused(sphere={"alhpa": 0.5})
+    assert "got 'alhpa'" in str(error) and "'alpha'" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "content"),
+    [
+        pytest.param("eta", {"eta": 0.5, "cumulative_ratio": 0.4}, id="eta-and-its-synonym"),
+        pytest.param("alpha", {"alpha": 0.5, "suppression_strength": 0.4}, id="alpha-and-its-synonym"),
+        pytest.param("eta", {"eta": 0.5, "sphere": {"eta": 0.4}}, id="top-and-block"),
+        pytest.param("basis", {"basis": "current", "sphere": {"basis": "pretrained"}}, id="basis-top-and-block"),
+        pytest.param("alpha", {"suppression_strength": 0.5, "sphere": {"alpha": 0.4}}, id="synonym-and-block"),
+        pytest.param("alpha", {"alpha": 0.5, "cumulative_ratio": 0}, id="switched-off-and-alpha"),
+    ],
+)
+def test_two_different_values_for_one_thing_are_refused(key, content):
+    error = refused(**content)
+    assert error.culprit == key
+    assert len(set(error.got)) == 2 and "one value" in error.expected
+
+
+def test_the_same_value_twice_is_taken():
+    hparams = made(eta=0.4, cumulative_ratio=0.4, alpha=0.6, suppression_strength=0.6, sphere={"eta": 0.4})
+    assert (hparams.eta, hparams.alpha) == (0.4, 0.6)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, "0e0"])
+def test_cumulative_ratio_zero_switches_the_projection_off(zero):
+    hparams = made(cumulative_ratio=zero, suppression_strength=0.5)
+    assert (hparams.eta, hparams.alpha) == (0.5, 0.0)
+
+
+def test_suppression_strength_zero_switches_the_projection_off():
+    assert made(cumulative_ratio=0.3, suppression_strength=0).sphere() == SphereConfig(eta=0.3, alpha=0.0)
+
+
+@pytest.mark.parametrize("name", SYNONYMS)
+def test_a_bad_value_under_easyedits_name_is_refused(name):
+    error = refused(**{name: 1.5})
+    assert str(error).startswith(f"{SYNONYMS[name]}: got 1.5")
+
+
+@given(
+    eta=st.floats(0.0, 1.0, exclude_min=True),
+    alpha=st.floats(0.0, 1.0),
+    names=st.sampled_from([("eta", "alpha"), ("cumulative_ratio", "suppression_strength")]),
+    block=st.booleans(),
+)
+def test_every_eta_and_alpha_in_range_comes_back(eta, alpha, names, block):
+    numbers = dict(zip(names, (eta, alpha), strict=True))
+    written = yaml.safe_dump({**LEAST, **({"sphere": numbers} if block else numbers)})
+    hparams = SphereHyperParams.from_mapping(yaml.safe_load(written))
+    assert (hparams.eta, hparams.alpha) == (eta, alpha)
+    assert hparams.sphere() == hparams.editing().sphere() == SphereConfig(eta=eta, alpha=alpha)
+
+
+# ---- objects ----
+
+
+class TheirHyperParams:
+    """What EasyEdit's own SPHERE class looks like from outside."""
+
+    def __init__(self) -> None:
+        self.alg_name, self.model_name, self.device = "SPHERE", "some/model", 1
+        self.layers, self.layer_selection, self.fact_token = [4, 5], "all", "last"
+        self.rewrite_module_tmp, self.layer_module_tmp = "h.{}.mlp.fc_out", "h.{}"
+        self.mlp_module_tmp, self.attn_module_tmp = "h.{}.mlp", "h.{}.attn"
+        self.ln_f_module, self.lm_head_module = "ln_f", "lm_head"
+        self.v_num_grad_steps, self.v_lr, self.v_loss_layer, self.v_weight_decay = 20, 0.2, 27, 0.3
+        self.clamp_norm_factor, self.kl_factor, self.L2 = 0.6, 0.1, 2
+        self.mom2_adjustment, self.mom2_update_weight, self.mom2_dtype = True, 7000, "float32"
+        self.mom2_dataset, self.mom2_n_samples, self.nullspace_threshold = "wikitext", 500, 0.03
+        self.stats_dir, self.P_loc = "./stats", "./null_space_project.pt"
+        self.cumulative_ratio, self.suppression_strength = 0.4, 0.7
+        self.max_length, self.batch_size, self.model_parallel = 30, 8, True
+
+
+class TestObjects:
+    def test_an_object_with_easyedits_names_is_read(self):
+        theirs = TheirHyperParams()
+        ours = SphereHyperParams.of(theirs)
+        assert (ours.eta, ours.alpha) == (0.4, 0.7)
+        shared = vars(theirs).keys() - UNUSED.keys() - SYNONYMS.keys()
+        assert {key: getattr(ours, key) for key in shared} == {key: getattr(theirs, key) for key in shared}
+        assert vars(theirs) == vars(TheirHyperParams())  # untouched
+
+    def test_an_attribute_that_is_not_known_is_refused(self):
+        with pytest.raises(ConfigError, match="got 'ffn_size'"):
+            SphereHyperParams.of(SimpleNamespace(**LEAST, ffn_size=4))
+
+    def test_an_object_of_another_method_is_refused(self):
+        with pytest.raises(ConfigError, match="alg_name: got 'AlphaEdit'"):
+            SphereHyperParams.of(SimpleNamespace(**LEAST, alg_name="AlphaEdit"))
+
+    def test_our_own_come_back_as_they_are(self):
+        hparams = made()
+        assert SphereHyperParams.of(hparams) is hparams
+
+    def test_editing_gives_the_editors_part(self):
+        hparams = made(eta=0.3, alpha=0.2, layers=[3, 4], seed=7, batch_size=9)
+        editing = hparams.editing()
+        assert type(editing) is EditingConfig
+        names = [field.name for field in dataclasses.fields(EditingConfig)]
+        assert vars(editing) == {name: getattr(hparams, name) for name in names}
+
+    def test_editing_gives_a_copy_that_stands_alone(self):
+        hparams = made(layers=[3, 4], context_template_length_params=[[10, 5]])
+        editing = hparams.editing()
+        editing.layers.append(5)
+        editing.context_template_length_params[0][1] = 1
+        editing.eta = 0.1
+        assert (hparams.layers, hparams.context_template_length_params, hparams.eta) == ([3, 4], [[10, 5]], 0.5)
+        assert hparams.editing() == made(layers=[3, 4]).editing() != editing
+
+    def test_editing_checks_what_was_changed_since(self):
+        hparams = made()
+        hparams.eta = 2.0
+        with pytest.raises(ConfigError, match="eta: got 2.0"):
+            hparams.editing()
+
+    def test_two_objects_share_no_default(self):
+        first, second = made(), made()
+        first.context_template_length_params.append([1, 1])
+        assert second.context_template_length_params == [[10, 5]]
+
+
+# ---- docs/hparams.md ----
+
+
+def documented() -> list[tuple[str, list[str]]]:
+    """Key and further cells of every row of a table whose first cell is a key."""
+    rows = [line.strip("|").split(" | ") for line in DOCS.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    return [(row[0].strip("`"), row[1:]) for row in cells if re.fullmatch(r"`\w+`", row[0])]
+
+
+class TestDocs:
+    def test_every_field_is_there_once_and_nothing_else(self):
+        classes = (SphereHyperParams, EditingConfig, SphereConfig)
+        fields = {field.name for each in classes for field in dataclasses.fields(each)}
+        assert sorted(key for key, _ in documented()) == sorted([*fields, *UNUSED, *SYNONYMS])
+
+    def test_the_defaults_are_those_of_the_code(self):
+        told = {key: cells[1] for key, cells in documented() if len(cells) == 4}
+        for field in dataclasses.fields(SphereHyperParams):
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            elif field.default is not dataclasses.MISSING:
+                default = field.default
+            else:
+                assert told[field.name] == "required"
+                continue
+            assert re.fullmatch(r"`[^`]+`", told[field.name]), field.name
+            assert yaml.safe_load(told[field.name].strip("`")) == default, field.name
+
+    def test_every_choice_is_named(self):
+        told = {key: cells[0] for key, cells in documented() if len(cells) == 4}
+        for key in ("base_method", "fact_token", "projection", "basis"):
+            expected = refused(**{key: "no such choice"}).expected.removeprefix("one of ")
+            assert set(re.split(r", | or ", expected)) == set(re.findall(r"`(\w+)`", told[key])), key
+
+    def test_every_yaml_is_listed_as_run_or_not(self):
+        text = DOCS.read_text(encoding="utf-8")
+        rows = dict(re.findall(r"(?m)^\| `([\w.-]+)\.yaml` \| (yes|no) \|", text))
+        assert rows == {name: "yes" if name == "smollm2-135m" else "no" for name in DEPTH}
+
+    def test_the_depths_of_the_models_it_was_checked_with_are_true(self):
+        text = DOCS.read_text(encoding="utf-8")
+        rows = re.findall(r"(?m)^\| `([\w.-]+)\.yaml` .* of (\d+) layers, width 32 \|$", text)
+        assert {name: int(layers) for name, layers in rows} == {
+            name: depth for name, depth in DEPTH.items() if name != "smollm2-135m"
+        }
