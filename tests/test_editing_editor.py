@@ -34,11 +34,20 @@ SECOND = [
 THIRD = [{"prompt": "Water boils at 100", "subject": "Water", "target_new": "lines"}]
 # Prompts that end with their subject: the aimed hidden state itself predicts the target.
 ENDING = [
-    {"prompt": "In Italy stands the {}", "subject": "Colosseum", "target_new": "piano"},
-    {"prompt": "iPhone 5", "subject": "iPhone 5", "target_new": "Apple"},
+    {"prompt": "In Italy stands the {}", "subject": "Colosseum", "target_new": "is"},
+    {"prompt": "iPhone 5", "subject": "iPhone 5", "target_new": "the"},
 ]
 BASES = ("AlphaEdit", "MEMIT")
 PROJECTIONS = ("in_loop", "post")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Pico models are too small for threads, which only get into each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(kind: str = "llama", seed: int = 0, **settings: object) -> Editor:
@@ -136,9 +145,9 @@ def test_an_edit_lowers_the_loss_it_was_aimed_at_and_makes_its_targets_likelier(
     )
     loss, before = losses(editor, ENDING), likelihoods(editor, ENDING)
     report = editor.apply(ENDING)
-    assert (losses(editor, ENDING) < 0.8 * loss).all()
-    assert (likelihoods(editor, ENDING) > before + 1.0).all()
-    assert (report.aimed.losses < loss).all()
+    assert (report.aimed.losses < loss - 1.0).all()
+    assert (losses(editor, ENDING) < loss - 0.5).all()
+    assert (likelihoods(editor, ENDING) > before + 0.5).all()
 
 
 def test_only_the_named_weights_change() -> None:
@@ -172,7 +181,10 @@ def test_the_same_model_settings_and_facts_give_the_same_bits(kind: str) -> None
 
 
 def test_the_seed_changes_the_prefixes() -> None:
-    assert make(seed=0).contexts.prefixes != make(seed=0, **{"context_template_length_params": [[6, 2]]}).contexts.prefixes
+    assert (
+        make(seed=0).contexts.prefixes
+        != make(seed=0, **{"context_template_length_params": [[6, 2]]}).contexts.prefixes
+    )
     one, other = (Editor(*pico("llama"), pico_config("llama", seed=seed)) for seed in (0, 1))
     assert one.contexts.prefixes != other.contexts.prefixes
     assert len(one.contexts.prefixes) == len(other.contexts.prefixes) == 3
@@ -182,8 +194,12 @@ def test_the_seed_changes_the_prefixes() -> None:
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
-@pytest.mark.parametrize(("kind", "base"), [*((kind, "AlphaEdit") for kind in KINDS), ("llama", "MEMIT"), ("gpt2", "MEMIT")])
-def test_at_full_strength_nothing_is_written_along_the_principal_directions(kind: str, base: str, projection: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "base"), [*((kind, "AlphaEdit") for kind in KINDS), ("llama", "MEMIT"), ("gpt2", "MEMIT")]
+)
+def test_at_full_strength_nothing_is_written_along_the_principal_directions(
+    kind: str, base: str, projection: str
+) -> None:
     editor = make(kind, base_method=base, alpha=1.0, projection=projection)
     for requests in (REQUESTS, SECOND):
         before = matrices(kind, editor)
@@ -588,14 +604,10 @@ def half(dtype: torch.dtype, kind: str = "llama", **settings: object) -> Editor:
     return Editor(model.to(dtype), tokenizer, pico_config(kind, **{"nullspace_threshold": threshold, **settings}))
 
 
-def steps_apart(one: Tensor, other: Tensor) -> int:
-    """How many representable numbers lie between the entries of two 16-bit tensors, at most."""
-
-    def ordered(values: Tensor) -> Tensor:
-        bits = values.contiguous().view(torch.int16).int()
-        return torch.where(bits >= 0, bits, -(bits & 0x7FFF))
-
-    return int((ordered(one) - ordered(other)).abs().max())
+def half_a_step(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding ``values`` to ``dtype`` once can change in them at most."""
+    exponent = values.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
+    return 0.5 * torch.finfo(dtype).eps * exponent.exp2()
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -612,7 +624,8 @@ def test_half_precision_weights_are_edited_in_float32_and_rounded_once(
         for layer, after in matrices(kind, editor).items():
             assert after.dtype == dtype
             expected = before[layer].double() + project(solved[layer][batch], before[layer].float(), 0.7)
-            assert steps_apart(after, expected.to(dtype)) <= 1
+            # Beside the rounding: what float32 itself loses, far below it.
+            assert ((after.double() - expected).abs() <= 1.001 * half_a_step(expected, dtype) + 2e-6).all()
             assert not torch.equal(after, before[layer])
         assert all(0.0 < layer.removed_share < 1.0 for layer in report.layers)
     editor.restore()
@@ -720,7 +733,8 @@ BAD_SETTINGS = {
     ),
     "a loss layer below the edits": ({"v_loss_layer": 1}, "v_loss_layer", "1", "from 2 to 3", "Leave it out"),
     "a loss layer above the model": ({"v_loss_layer": 31}, "v_loss_layer", "31", "from 2 to 3", "Leave it out"),
-    "a loss layer in words": ({"v_loss_layer": "last"}, "v_loss_layer", "'last'", "from 2 to 3", "Leave it out"),
+    "a loss layer in words": ({"v_loss_layer": "last"}, "v_loss_layer", "'last'", "whole number", "docs/hparams.md"),
+    "a seed in words": ({"seed": "lucky"}, "seed", "'lucky'", "whole number", "docs/hparams.md"),
     "eta zero": ({"eta": 0.0}, "eta", "0.0", "(0, 1]", "0.5"),
     "eta above one": ({"eta": 50}, "eta", "50", "(0, 1]", "0.5"),
     "alpha negative": ({"alpha": -0.1}, "alpha", "-0.1", "[0, 1]", "0.8"),
@@ -743,8 +757,9 @@ BAD_SETTINGS = {
 def test_settings_that_do_not_fit_are_refused(case: str, nothing_computed: None) -> None:
     settings, *parts = BAD_SETTINGS[case]
     expected = ModelError if case == "a rewritten module without a matrix" else ConfigError
+    model, tokenizer = pico("llama")
     with pytest.raises(expected) as caught:
-        make(**settings)
+        Editor(model, tokenizer, pico_config("llama", **settings))
     check(caught.value, *parts)
 
 
@@ -755,7 +770,10 @@ def test_a_weight_that_is_not_finite_is_named(kind: str, value: float, nothing_c
     name = "model.layers.2.mlp.down_proj.weight" if kind == "llama" else "transformer.h.2.mlp.c_proj.weight"
     with torch.no_grad():
         editor.anatomy.model.get_parameter(name)[3, 4] = value
-    for attempt in (lambda: editor.apply(REQUESTS), lambda: Editor(editor.anatomy.model, editor.tokenizer, editor.config)):
+    for attempt in (
+        lambda: editor.apply(REQUESTS),
+        lambda: Editor(editor.anatomy.model, editor.tokenizer, editor.config),
+    ):
         with pytest.raises(ModelError) as caught:
             attempt()
         check(caught.value, name, "1 entries", "finite", "Reload")

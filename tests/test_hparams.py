@@ -322,6 +322,8 @@ BAD: dict[str, list[Any]] = {
     "v_num_grad_steps": NO_COUNT,
     "mom2_n_samples": [*NO_COUNT, "1e5"],
     "token_budget": [63, 0, -64, 128.0, "128", None, True],
+    "seed": [-1, 1.0, "1", None, True, NAN],
+    "v_loss_layer": [-1, 31.0, "31", True, NAN],  # None is allowed
     "v_lr": [0, -0.1, -INF, *NO_NUMBER],
     "clamp_norm_factor": [0, -0.1, *NO_NUMBER],
     "mom2_update_weight": [0, -1, *NO_NUMBER],
@@ -333,8 +335,8 @@ BAD: dict[str, list[Any]] = {
 }
 # Read by the editor, the model or EasyEdit, which have the last word.
 ELSEWHERE = {
-    "v_loss_layer", "ln_f_module", "lm_head_module", "mom2_dataset", "stats_dir", "seed", "row_normalize",
-    "device", "max_length", "model_parallel", "fp16",
+    "ln_f_module", "lm_head_module", "mom2_dataset", "stats_dir", "row_normalize", "device", "max_length",
+    "model_parallel", "fp16",
 }  # fmt: skip
 
 
@@ -355,7 +357,7 @@ def test_every_field_has_its_bad_values_here():
     [
         ("eta", 1), ("alpha", 0), ("alpha", 1), ("kl_factor", 0), ("v_weight_decay", 0), ("L2", 1), ("layers", [0]),
         ("batch_size", 100), ("v_num_grad_steps", 1), ("mom2_n_samples", 1), ("token_budget", 64),
-        ("base_method", "MEMIT"),
+        ("base_method", "MEMIT"), ("seed", 0), ("v_loss_layer", None), ("v_loss_layer", 2),
         ("context_template_length_params", []), ("context_template_length_params", [[10, 5], [5, 1]]),
         ("projection", "post"), ("basis", "pretrained"), ("row_normalize", False), ("fact_token", "last"),
         ("fact_token", "subject_first"), ("fact_token", "subject_first_after_last"), ("device", "cuda:1"),
