@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Self
 
 import yaml
 
-from sphere_plugin.editing.config import EditingConfig
+from sphere_plugin.editing.config import EditingConfig, check_flag, check_number, check_text
 from sphere_plugin.errors import ConfigError
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -63,10 +64,15 @@ class SphereHyperParams(EditingConfig):
     def __post_init__(self) -> None:
         if self.alg_name != ALG_NAME:
             raise ConfigError("alg_name", self.alg_name, ALG_NAME, "Load other methods with EasyEdit's own classes.")
-        if not isinstance(self.model_name, str) or not self.model_name:
-            raise ConfigError("model_name", self.model_name, "a model's name or folder", 'Try "smollm2-135m".')
-        if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
-            raise ConfigError("batch_size", self.batch_size, "a whole number of at least 1", "The papers use 100.")
+        check_text("model_name", self.model_name)
+        check_number("batch_size", self.batch_size, 1, whole=True)
+        check_number("max_length", self.max_length, 1, whole=True)
+        check_flag("model_parallel", self.model_parallel)
+        check_flag("fp16", self.fp16)
+        if isinstance(self.device, str):
+            check_text("device", self.device)
+        else:
+            check_number("device", self.device, 0, whole=True)
         super().__post_init__()
 
     @classmethod
@@ -83,7 +89,7 @@ class SphereHyperParams(EditingConfig):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError("hparams", str(path), f"a file that can be read ({error.strerror})", _LOOK) from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError("hparams", str(path), f"valid YAML ({error})", _LOOK) from error
         if not isinstance(content, Mapping):
             raise ConfigError("hparams", str(path), "a YAML mapping of keys to values", _LOOK)
@@ -96,11 +102,11 @@ class SphereHyperParams(EditingConfig):
         unused = [key for key in content if key in UNUSED]
         if unused:
             _LOG.debug("not needed here: %s", "; ".join(f"{key} ({UNUSED[key]})" for key in unused))
-        values = _paper_names(_flat(values))
         types = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        values = _paper_names(_flat(_numbers(values, types), types))
         for key in values:
             if key not in types:
-                near = difflib.get_close_matches(str(key), list(types), n=1, cutoff=0.0)[0]
+                near = difflib.get_close_matches(str(key), [*types, *SYNONYMS, *UNUSED, "sphere"], n=1, cutoff=0.0)[0]
                 raise ConfigError("hparams", key, "a known key", f"The nearest one is {near!r}; see docs/hparams.md.")
         missing = [
             field.name
@@ -111,14 +117,15 @@ class SphereHyperParams(EditingConfig):
         ]
         if missing:
             raise ConfigError("hparams", missing, "a value for each of these keys", _LOOK)
-        read: dict[str, Any] = {key: _number(v) if "float" in types[key] else v for key, v in values.items()}
-        return cls(**read)
+        return cls(**values)
 
     @classmethod
     def of(cls, hparams: object) -> SphereHyperParams:
         """The same settings as ``hparams``, which may be an object of EasyEdit's own SPHERE class."""
         if isinstance(hparams, SphereHyperParams):
             return hparams
+        if not hasattr(hparams, "__dict__"):
+            raise ConfigError("hparams", hparams, "SphereHyperParams, or EasyEdit's", "Load them with from_hparams().")
         return cls.from_mapping(vars(hparams))
 
     def editing(self) -> EditingConfig:
@@ -127,22 +134,23 @@ class SphereHyperParams(EditingConfig):
         return EditingConfig(**{name: copy.deepcopy(getattr(self, name)) for name in names})
 
 
+_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _LOOK = "hparams/SPHERE/ holds one for each of several models."
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
+def _flat(values: dict[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
     """Lift the keys of a ``sphere:`` block, the spelling other methods use, to the top."""
     block = values.pop("sphere", None)
     if block is None or block is True:
         return values
     if not isinstance(block, Mapping):
         raise ConfigError("sphere", block, "true, or a block of eta, alpha and basis", "See docs/hparams.md.")
-    return _merged(values, block, "sphere")
+    return _merged(values, _numbers(block, types), "sphere")
 
 
 def _paper_names(values: dict[str, Any]) -> dict[str, Any]:
-    given = {SYNONYMS[key]: _number(values.pop(key)) for key in list(values) if key in SYNONYMS}
-    if given.get("eta") == 0:  # EasyEdit's way of switching the projection off
+    given = {SYNONYMS[key]: values.pop(key) for key in list(values) if key in SYNONYMS}
+    if given.get("eta") == 0 and given["eta"] is not False:  # EasyEdit's way of switching the projection off
         given = {"alpha": 0.0}
     return _merged(values, given, "cumulative_ratio and suppression_strength")
 
@@ -154,11 +162,13 @@ def _merged(values: dict[str, Any], more: Mapping[str, Any], where: str) -> dict
     return {**values, **more}
 
 
-def _number(value: object) -> object:
-    """YAML 1.1 reads 2e-2 as text; a number was meant."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _numbers(values: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
+    """Read texts as numbers where a number is meant: YAML 1.1 takes 2e-2, without a point, for text."""
+    return {
+        key: float(value)
+        if isinstance(value, str)
+        and (key in SYNONYMS or "float" in types.get(key, ""))
+        and _SCIENTIFIC.fullmatch(value)
+        else value
+        for key, value in values.items()
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -47,8 +48,9 @@ class EditingConfig:
         alpha: α of SPHERE; None takes the paper's value for base_method. 0 is the base method without SPHERE.
         basis: see SphereConfig.
         row_normalize: see SphereConfig.
-        projection: "in_loop" projects each layer's update before the next layer is solved, as the authors'
-            repository; "post" solves all layers first and projects then, as EasyEdit's own SPHERE.
+        projection: "in_loop" projects each layer's update before the next layer is solved, as the authors do on
+            AlphaEdit; "post" solves all layers first and projects then, as the authors do on MEMIT, and EasyEdit's
+            own SPHERE on AlphaEdit.
         token_budget: tokens in one pass through the network; bounds memory.
         seed: of the random prefixes and of generated text.
         stats_dir: folder for key statistics; None is the user's cache.
@@ -92,14 +94,19 @@ class EditingConfig:
         _check_layers(self.layers)
         _check_templates(self.rewrite_module_tmp, self.layer_module_tmp)
         _check_contexts(self.context_template_length_params)
+        for name in ("ln_f_module", "lm_head_module", "mom2_dataset"):
+            check_text(name, getattr(self, name))
+        if self.stats_dir is not None:
+            check_text("stats_dir", self.stats_dir)
+        check_flag("row_normalize", self.row_normalize)
         for name, least in (("v_num_grad_steps", 1), ("mom2_n_samples", 1), ("token_budget", 64), ("seed", 0)):
-            _check_number(name, getattr(self, name), least, whole=True)
+            check_number(name, getattr(self, name), least, whole=True)
         if self.v_loss_layer is not None:
-            _check_number("v_loss_layer", self.v_loss_layer, 0, whole=True)
+            check_number("v_loss_layer", self.v_loss_layer, 0, whole=True)
         for name in ("v_lr", "clamp_norm_factor", "mom2_update_weight", "nullspace_threshold", "L2"):
-            _check_number(name, getattr(self, name), 0.0, above=True)
+            check_number(name, getattr(self, name), 0.0, above=True)
         for name in ("v_weight_decay", "kl_factor"):
-            _check_number(name, getattr(self, name), 0.0)
+            check_number(name, getattr(self, name), 0.0)
         if self.alpha is None:
             self.alpha = dict(ALPHA_OF)[self.base_method]
         self.sphere()
@@ -115,13 +122,25 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ConfigError(name, value, "one of " + ", ".join(choices), "Check the spelling, capitals included.")
 
 
-def _check_number(name: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
-    kinds = (int,) if whole else (int, float)
-    good = isinstance(value, kinds) and not isinstance(value, bool) and (value > least if above else value >= least)
-    if not good:
+def check_number(name: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
+    """Raise ConfigError unless ``value`` is a finite number of at least, or above, ``least``."""
+    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value < least or (above and value == least):
         kind = "a whole number" if whole else "a number"
         bound = "above" if above else "of at least"
         raise ConfigError(name, value, f"{kind} {bound} {least}", "See docs/hparams.md for usual values.")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise ConfigError unless ``value`` is a text with something in it."""
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(name, value, "a text that is not empty", "See docs/hparams.md for what it names.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ConfigError unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(name, value, "true or false", "Write it without quotes.")
 
 
 def _check_layers(layers: object) -> None:
@@ -151,7 +170,9 @@ def _check_templates(rewrite: str, layer: str) -> None:
 
 def _check_contexts(params: object) -> None:
     good = isinstance(params, list) and all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair)
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair)
         for pair in params
     )
     if not good:

@@ -21,6 +21,8 @@ DATASETS = (
     ("wikipedia", ("wikimedia/wikipedia", "20231101.en")),
     ("wikitext", ("Salesforce/wikitext", "wikitext-103-raw-v1")),
 )
+# Characters of a text that are kept: more than the tokens that are read of it.
+LONGEST = 8192
 TEXT_FIELDS = ("text", "passage", "document", "content", "prompt")
 _REMEDY = "Give a text file, or mom2_dataset: generated, which needs nothing: the model writes the text itself."
 
@@ -82,13 +84,13 @@ def _of_file(path: Path) -> Iterator[str]:
 
 
 def _of_dataset(name: str) -> Iterator[str]:
-    from datasets import load_dataset
-
     try:
+        from datasets import load_dataset
+
         stream = load_dataset(*dict(DATASETS).get(name, (name,)), split="train", streaming=True)
         for record in stream:
             yield _text_of(record, name)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ConfigError(
             "mom2_dataset", name, f"a file, or a dataset that can be read ({reason})", _REMEDY
@@ -97,11 +99,11 @@ def _of_dataset(name: str) -> Iterator[str]:
 
 def _text_of(record: object, where: str) -> str:
     if isinstance(record, str):
-        return record
+        return record[:LONGEST]
     if isinstance(record, dict):
         for field in TEXT_FIELDS:
             if isinstance(record.get(field), str):
-                return str(record[field])
+                return str(record[field])[:LONGEST]
     raise ConfigError(
         "mom2_dataset", where, "texts, or records with one of the fields " + ", ".join(TEXT_FIELDS), _REMEDY
     )

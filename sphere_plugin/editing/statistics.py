@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.config import EditingConfig
-from sphere_plugin.editing.corpus import check_source, read_corpus
+from sphere_plugin.editing.corpus import GENERATED, check_source, read_corpus
 from sphere_plugin.errors import CacheError, ModelError
 from sphere_plugin.files import cache_folder, fingerprint, read_tensors, write_tensors
 
@@ -71,7 +71,7 @@ def _path(anatomy: Anatomy, tokenizer: Any, config: EditingConfig) -> Path:
         "source": config.mom2_dataset if content is None else content,
         "samples": config.mom2_n_samples,
         # Sampling follows the seed; a file or a dataset is read from its beginning.
-        "seed": config.seed if content is None else None,
+        "seed": config.seed if config.mom2_dataset == GENERATED else None,
     }
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = Path(config.stats_dir).expanduser() if config.stats_dir else cache_folder() / "statistics"
@@ -84,7 +84,7 @@ _PROBE = "Ünïcode, 1234 tokens\n  and a “quoted” line."
 
 def _weights_below(anatomy: Anatomy, config: EditingConfig) -> Sequence[tuple[str, Tensor]]:
     """Every weight that keys of the edited layers, or text the model writes, depend on."""
-    if config.mom2_dataset == "generated":
+    if config.mom2_dataset == GENERATED:
         return list(anatomy.model.state_dict().items())
     above = {id(p) for layer in anatomy.decoder[config.layers[-1] + 1 :] for p in layer.parameters()}
     above |= {id(p) for module in (anatomy.norm, anatomy.head) for p in module.parameters()}
