@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from sphere_plugin.easyedit.host import Host, load_host
 from sphere_plugin.easyedit.hparams import ALG_NAME
 from sphere_plugin.easyedit.method import SphereMethod
@@ -121,7 +123,8 @@ def _load(original: Callable[..., None], editor: Any, hparams: Any) -> None:
         original(editor, hparams)
     except NotImplementedError:
         _LOG.info("EasyEdit has no loader for %s: it is loaded as any causal language model of Hugging Face's", name)
-        hparams.model_name = load_model(name, device_map="auto" if hparams.model_parallel else None)
+        dtype = torch.float16 if getattr(hparams, "fp16", False) else torch.float32
+        hparams.model_name = load_model(name, dtype, device_map="auto" if hparams.model_parallel else None)
         try:
             original(editor, hparams)
         finally:

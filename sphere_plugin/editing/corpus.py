@@ -71,14 +71,18 @@ def read_corpus(
 
 
 def _of_file(path: Path) -> Iterator[str]:
-    content = path.read_text(encoding="utf-8")
-    if path.suffix not in (".json", ".jsonl"):
-        yield from (part for part in content.split("\n\n") if part.strip())
-        return
     try:
-        records = json.loads(content) if path.suffix == ".json" else [json.loads(x) for x in content.splitlines() if x]
-    except json.JSONDecodeError as error:
-        raise ConfigError("mom2_dataset", str(path), f"JSON ({error})", _REMEDY) from error
+        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            records = json.loads(content)
+        elif path.suffix == ".jsonl":
+            records = [json.loads(line) for line in content.splitlines() if line]
+        else:
+            records = [part for part in content.split("\n\n") if part.strip()]
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ConfigError("mom2_dataset", str(path), f"UTF-8 text, or JSON ({error})", _REMEDY) from error
+    if not isinstance(records, list):
+        raise ConfigError("mom2_dataset", str(path), "a JSON list of texts or records", _REMEDY)
     for record in records:
         yield _text_of(record, str(path))
 

@@ -63,20 +63,26 @@ def key_moments(
 def _path(anatomy: Anatomy, tokenizer: Any, config: EditingConfig) -> Path:
     source = Path(config.mom2_dataset).expanduser()
     content = hashlib.blake2b(source.read_bytes(), digest_size=16).hexdigest() if source.is_file() else None
+    settings = anatomy.model.config.to_dict()  # type: ignore[operator, union-attr]
     identity = {
         "format": _FORMAT,
         "weights": fingerprint(_weights_below(anatomy, config)),
+        # What a forward pass reads beside the weights: rotary tables, activations, numbers of heads.
+        "settings": {name: value for name, value in settings.items() if name not in _NO_MATTER},
         "modules": [rewrite.name for rewrite in anatomy.rewrites.values()],
         "tokenizer": tokenizer(_PROBE)["input_ids"],
-        "source": config.mom2_dataset if content is None else content,
+        "source": config.mom2_dataset if content is None else [content, source.suffix in (".json", ".jsonl")],
         "samples": config.mom2_n_samples,
         # Sampling follows the seed; a file or a dataset is read from its beginning.
         "seed": config.seed if config.mom2_dataset == GENERATED else None,
     }
-    key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    key = hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
     folder = Path(config.stats_dir).expanduser() if config.stats_dir else cache_folder() / "statistics"
     return folder / f"sphere-{key}.safetensors"
 
+
+# Settings of a model that say where it comes from, not what it computes.
+_NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 # A sentence that tells tokenizers apart, special tokens included.
 _PROBE = "Ünïcode, 1234 tokens\n  and a “quoted” line."
@@ -119,7 +125,8 @@ def _count(
     texts = read_corpus(
         config.mom2_dataset, config.mom2_n_samples, anatomy.model, tokenizer, config.seed, told("writing text")
     )
-    ids = [tokenizer(text, truncation=True, max_length=_LONGEST)["input_ids"] for text in texts]
+    longest = min(_LONGEST, getattr(anatomy.model.config, "max_position_embeddings", _LONGEST))
+    ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
     ids = sorted((row for row in ids if len(row) > 1), key=len)
     counter = _Counter(anatomy)
     for rows in _batches(ids):

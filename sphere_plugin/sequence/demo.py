@@ -27,7 +27,7 @@ from sphere_plugin.easyedit.host import load_host
 from sphere_plugin.easyedit.hparams import SphereHyperParams
 from sphere_plugin.easyedit.registration import register
 from sphere_plugin.editing import Editor
-from sphere_plugin.errors import SphereError
+from sphere_plugin.errors import ConfigError, SphereError
 from sphere_plugin.evaluation import Quality
 from sphere_plugin.files import write_json
 from sphere_plugin.models import load_model, resolve_model
@@ -253,4 +253,12 @@ def demo_hparams(path: Path, base_method: str, model: str | None) -> SphereHyper
 
 def held_out(path: Path | None) -> str:
     """The text perplexity is measured on."""
-    return own_text() if path is None else path.read_text(encoding="utf-8")
+    if path is None:
+        return own_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--text", str(path), f"a text file ({error})", "Leave it out for the project's own.") from error
+    if len(text.split()) < 2:
+        raise ConfigError("--text", str(path), "a text of some words", "Leave it out for the project's own.")
+    return text
