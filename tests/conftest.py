@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from pico import pico
 
 from sphere_plugin.editing import EditingConfig, Editor
+
+# Pico models are too small for a second thread to help; on a busy machine it does harm.
+torch.set_num_threads(1)
 
 TEMPLATES = {
     "llama": ("model.layers.{}", "mlp.down_proj", "model.norm"),

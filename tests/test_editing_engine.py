@@ -63,33 +63,36 @@ def test_replayed_layers_equal_the_plain_forward_pass(kind: str) -> None:
     torch.testing.assert_close(picked, tail[[4, 1]])
 
 
+def log_probabilities(model, layer: nn.Module, sentence, delta: torch.Tensor) -> torch.Tensor:
+    """[tokens, vocabulary], with ``delta`` added to the layer's output at the lookup token."""
+
+    def hook(_, __, output):
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[0, sentence.lookup] += delta
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = layer.register_forward_hook(hook)
+    logits = model(torch.tensor([sentence.ids])).logits[0]
+    handle.remove()
+    return torch.log_softmax(logits, dim=1)
+
+
 def aim_one_plainly(model, anatomy, locator, fact, prefixes, config) -> torch.Tensor:
     """MEMIT's search, one fact and one sentence at a time through the whole model."""
-    layer = config.layers[-1]
+    number = config.layers[-1]
+    layer = anatomy.decoder[number]
     sentences = [locator.aimed(fact, prefix) for prefix in prefixes]
     essence = locator.essence(fact)
-    first = layer_outputs(model, anatomy, list(sentences[0].ids))[layer][sentences[0].lookup]
+    first = layer_outputs(model, anatomy, list(sentences[0].ids))[number][sentences[0].lookup]
     delta = torch.zeros_like(first, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=config.v_lr)
     before = None
     for step in range(config.v_num_grad_steps):
-
-        def log_probabilities(sentence):
-            def hook(_, __, output, at=sentence.lookup, shift=delta):
-                hidden = (output[0] if isinstance(output, tuple) else output).clone()
-                hidden[0, at] += shift
-                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-            handle = anatomy.decoder[layer].register_forward_hook(hook)
-            logits = model(torch.tensor([sentence.ids])).logits[0]
-            handle.remove()
-            return torch.log_softmax(logits, dim=1)
-
         loss = config.v_weight_decay * delta.norm() / first.norm() ** 2
         for sentence in sentences:
-            said = log_probabilities(sentence)[-len(sentence.targets) :]
+            said = log_probabilities(model, layer, sentence, delta)[-len(sentence.targets) :]
             loss = loss - said.gather(1, torch.tensor(sentence.targets)[:, None]).mean() / len(sentences)
-        now = log_probabilities(essence)[essence.lookup]
+        now = log_probabilities(model, layer, essence, delta)[essence.lookup]
         before = now.detach() if before is None else before
         # torch's own: kl_div(input, target) is KL(target || input); MEMIT passes what was before as the input.
         divergence = torch.nn.functional.kl_div(before, now, log_target=True, reduction="sum")
