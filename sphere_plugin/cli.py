@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--text", type=Path, help="held-out text for perplexity (default: the project's own)")
     demo.add_argument("--edits", type=int, default=200, help="how many facts (default: 200)")
     demo.add_argument("--batch-size", type=int, default=20, help="facts per batch (default: 20)")
-    demo.add_argument("--checkpoints", default="40,100,200", help="score all edits so far after these numbers")
+    demo.add_argument("--checkpoints", help="score all edits so far after these numbers (default: three)")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for figure, numbers and logs")
     return parser
 
@@ -53,7 +53,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         text=held_out(arguments.text),
         edits=arguments.edits,
         batch_size=arguments.batch_size,
-        checkpoints=_numbers(arguments.checkpoints),
+        checkpoints=_checkpoints(arguments.checkpoints, arguments.edits, arguments.batch_size),
     )
     result = run_demo(demo)
     draw(result, out / "demo.png")
@@ -62,7 +62,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _checkpoints(text: str | None, edits: int, batch_size: int) -> tuple[int, ...]:
+    """The numbers in ``text``, or about a fifth, a half and all of the edits, between batches."""
+    if text is None:
+        near = {batch_size * round(edits * share / max(batch_size, 1)) for share in (0.2, 0.5)}
+        return (*sorted(number for number in near if 0 < number < edits), edits)
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

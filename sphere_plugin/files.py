@@ -2,6 +2,7 @@
 
 - ``cache_folder``: where files of ours live.
 - ``write_json``, ``write_tensors``, ``write_bytes``: replace a file as a whole or leave it as it was.
+- ``check_writable``: find out before long work whether its result will have a place.
 - ``read_json``, ``read_tensors``: read such a file, or say what is wrong with it and what to do.
 - ``atomic_folder``: fill a folder out of sight and rename it into place.
 - ``fingerprint``: a short name for the content of tensors.
@@ -33,8 +34,18 @@ CACHE_VARIABLE = "SPHERE_PLUGIN_CACHE"
 _TEMPORARY = ".sphere-tmp"
 _ABANDONED_AFTER = 24 * 3600.0  # seconds
 _DIGEST = "sphere_digest"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST}
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+_REFUSED = frozenset(
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.EEXIST,
+    )
+)
 
 
 def cache_folder() -> Path:
@@ -59,6 +70,20 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
     _replace(path, fill)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before long work whether its result can be written to ``path``; leaves no file behind.
+
+    Raises:
+        CacheError: the place cannot be written.
+    """
+    probe = path.with_name(f"{path.name}.probe")
+    try:
+        write_bytes(probe, b"")
+    except FileNotFoundError as error:  # nothing can be made there, not even a folder
+        raise CacheError(str(path), str(error), "a place to write to", "Choose another folder.") from error
+    probe.unlink(missing_ok=True)
 
 
 def write_json(path: Path, obj: object) -> None:
@@ -257,7 +282,10 @@ def _unwritable(path: Path, error: Exception) -> CacheError | None:
         return None
     remedy = "Free some space on that disk" if full else "Make the place writable"
     return CacheError(
-        str(path), str(error), "a place to write to", f"{remedy}, or choose another folder with {CACHE_VARIABLE}."
+        str(path),
+        str(error),
+        "a place to write to",
+        f"{remedy}, or choose another folder ({CACHE_VARIABLE} for the cache).",
     )
 
 

@@ -81,7 +81,7 @@ def test_a_run_that_fails_ends_the_demo_with_its_reason(settings: Path, tmp_path
 def test_bad_arguments_are_refused_before_anything_is_loaded(
     more: list[str], culprit: str, settings: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("sphere_plugin.sequence.demo.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("sphere_plugin.sequence.demo.register", lambda: pytest.fail("EasyEdit was loaded"))
     assert demo(settings, tmp_path / "out", *more) == 1
     assert culprit in capsys.readouterr().err
 

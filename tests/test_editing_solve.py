@@ -45,7 +45,7 @@ def test_alphaedit_is_the_projected_ridge_regression_of_its_paper_over_many_batc
         # Nothing is written where the model keeps what it knows.
         known = vectors[:, values >= 1e-3].float()
         assert (update @ known).norm() < 1e-5 * update.norm()
-        solver.remember(keys)
+        solver.remember(solver.with_keys(keys))
         past += k @ k.T
 
 
@@ -53,9 +53,9 @@ def test_forgetting_starts_over() -> None:
     solver = AlphaEdit(moment(), threshold=1e-3, ridge=2.0, layer=0)
     keys, residuals = randn(D_IN, FACTS, seed=1), randn(D_OUT, FACTS, seed=2)
     fresh = solver.update(keys, residuals)
-    solver.remember(keys)
+    solver.remember(solver.with_keys(keys))
     assert not torch.equal(solver.update(keys, residuals), fresh)
-    solver.forget()
+    solver.remember(solver.with_keys(None))
     assert torch.equal(solver.update(keys, residuals), fresh)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sphere_plugin.easyedit.hparams import SphereHyperParams
 from sphere_plugin.editing import Editor
 from sphere_plugin.journal import Snapshot
+from sphere_plugin.progress import Bars
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -32,18 +33,18 @@ class Session:
     editor: Editor | None = None
 
     def open(self, model: nn.Module, tok: Any, hparams: object) -> Editor:
-        """The editor for ``model`` and these settings; a new one where either has changed.
+        """The editor for ``model`` and these settings; a new one where the model is another, or too much has changed.
 
         Raises:
             ConfigError, ModelError: the model has not what the settings name.
         """
         config = SphereHyperParams.of(hparams).editing()
         known = self.editor
-        if known is not None and known.anatomy.model is model and known.config == config:
-            return known
         if known is not None and known.anatomy.model is model:
-            _LOG.info("the settings have changed: SPHERE starts anew from the weights as they are")
-        self.editor = Editor(model, tok, config)
+            if known.reconfigure(config):
+                return known
+            _LOG.warning("other layers, statistics or base method: SPHERE starts anew from the weights as they are")
+        self.editor = Editor(model, tok, config, Bars(hide=frozenset(("aiming",))))
         return self.editor
 
     def __call__(
@@ -75,10 +76,10 @@ class Session:
         if copy:
             model = copying.deepcopy(model)
         editor = self.open(model, tok, hparams)
-        before = Snapshot.take(editor.anatomy.weights)
-        editor.apply(requests)
         wanted = return_orig_weights and (self.restoring == "by editor" or keep_original_weight)
-        return model, dict(before.tensors) if wanted else {}
+        before = Snapshot.take(editor.anatomy.weights if wanted else {})
+        editor.apply(requests)
+        return model, dict(before.tensors)
 
 
 @dataclass(frozen=True)

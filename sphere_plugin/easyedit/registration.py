@@ -17,7 +17,7 @@ from sphere_plugin.easyedit.method import SphereMethod
 from sphere_plugin.easyedit.standins import PACKAGE
 from sphere_plugin.editing.requests import read_requests
 from sphere_plugin.errors import RequestError
-from sphere_plugin.models import load_model, resolve_model
+from sphere_plugin.models import load_model
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -39,10 +39,21 @@ def register() -> Host:
         return host
     replaced = host.alg_dict.get(ALG_NAME)
     patches = _Patches()
+    try:
+        _patch(host, patches)
+    except BaseException:
+        patches.undo()
+        raise
     host.alg_dict[ALG_NAME] = SphereMethod(
         restoring="by editor" if host.kind == "main" else "by method",
         undo=functools.partial(_undo, host, replaced, patches),
     )
+    note = "in place of EasyEdit's own, until unregister()" if replaced is not None else "as a new method"
+    _LOG.info("SPHERE is registered %s: %s", note, host.describe())
+    return host
+
+
+def _patch(host: Host, patches: _Patches) -> None:
     batchable = host.batch_editor.is_batchable_method  # type: ignore[attr-defined]
     patches.set(
         host.batch_editor, "is_batchable_method", staticmethod(lambda name: name == ALG_NAME or batchable(name))
@@ -50,9 +61,6 @@ def register() -> Host:
     patches.set(host.base_editor, "__init__", _opening(vars(host.base_editor)["__init__"]))
     for name in ("edit", "batch_edit"):
         patches.set(host.base_editor, name, _checked(getattr(host.base_editor, name), host.kind))
-    note = "in place of EasyEdit's own, until unregister()" if replaced is not None else "as a new method"
-    _LOG.info("SPHERE is registered %s: %s", note, host.describe())
-    return host
 
 
 def unregister() -> None:
@@ -60,9 +68,8 @@ def unregister() -> None:
 
     Editors that exist already go on with what they were made with.
     """
-    if PACKAGE not in sys.modules:
-        return
-    entry = load_host().alg_dict.get(ALG_NAME)
+    table = sys.modules.get(f"{PACKAGE}.util.alg_dict")
+    entry = getattr(table, "ALG_DICT", {}).get(ALG_NAME)
     if isinstance(entry, SphereMethod):
         entry.undo()
 
@@ -93,16 +100,28 @@ def _undo(host: Host, replaced: Callable[..., Any] | None, patches: _Patches) ->
 
 
 def _opening(original: Callable[..., None]) -> Callable[..., None]:
-    """BaseEditor.__init__ for SPHERE: any model the host can or cannot load by name, right padding, early errors."""
+    """BaseEditor.__init__ for SPHERE: any causal language model, right padding, errors before the first edit.
+
+    The host chooses its loader, and the tokenizer's class, by words in the model's name or path: a folder called
+    "t5" or "gpt" anywhere above the model decides. Here the model is loaded by what it is and handed over ready-made.
+    """
 
     @functools.wraps(original)
     def init(self: Any, hparams: Any) -> None:
         if getattr(hparams, "alg_name", None) != ALG_NAME:
             original(self, hparams)
             return
-        if isinstance(hparams.model_name, str):
-            hparams.model_name = resolve_model(hparams.model_name)
-        _load(original, self, hparams)
+        name = hparams.model_name
+        if isinstance(name, str):
+            dtype = torch.float16 if getattr(hparams, "fp16", False) else torch.float32
+            device_map = "auto" if getattr(hparams, "model_parallel", False) else None
+            hparams.model_name = load_model(name, dtype=dtype, device_map=device_map)
+        try:
+            original(self, hparams)
+        finally:
+            hparams.model_name = name
+        # The evaluators look for words in the name as well.
+        self.model_name = type(self.model).__name__
         self.tok.padding_side = "right"
         if self.tok.pad_token is None:
             self.tok.pad_token = self.tok.eos_token
@@ -113,25 +132,6 @@ def _opening(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-def _load(original: Callable[..., None], editor: Any, hparams: Any) -> None:
-    """Let the host load the model; where it does not know the name, load it here and hand it over.
-
-    The host chooses its loader by words in the model's name or path and has none for most models.
-    """
-    name = hparams.model_name
-    try:
-        original(editor, hparams)
-    except NotImplementedError:
-        _LOG.info("EasyEdit has no loader for %s: it is loaded as any causal language model of Hugging Face's", name)
-        dtype = torch.float16 if getattr(hparams, "fp16", False) else torch.float32
-        hparams.model_name = load_model(name, dtype, device_map="auto" if hparams.model_parallel else None)
-        try:
-            original(editor, hparams)
-        finally:
-            hparams.model_name = name
-        editor.model_name = name  # the evaluators look for words in it
-
-
 def _checked(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
     """BaseEditor.edit and batch_edit for SPHERE: requests are checked before the first of them is scored."""
     signature = inspect.signature(original)
@@ -140,16 +140,19 @@ def _checked(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.alg_name != ALG_NAME:
             return original(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
-        if given.get("requests") is None:
-            read_requests(_requests(given["prompts"], given["target_new"], given.get("subject")))
+        given = signature.bind(self, *args, **kwargs)
+        more = {**given.arguments, **given.arguments.get("kwargs", {})}
+        if more.get("requests") is None:
+            facts = read_requests(_requests(more["prompts"], more["target_new"], more.get("subject")))
+            written = [fact.prompt for fact in facts]  # the host wants subjects written out
+            given.arguments["prompts"] = written[0] if isinstance(more["prompts"], str) else written
         else:
-            read_requests(given["requests"])
+            read_requests(more["requests"])
+        kwargs = given.arguments.get("kwargs", {})
         if kind == "pypi" and "sequential_edit" in kwargs:
             # Main's word for it. The 2023 host swallows it unread, and goes by keep_original_weight alone.
             kwargs["keep_original_weight"] = not kwargs.pop("sequential_edit")
-        return original(self, *args, **kwargs)
+        return original(*given.args, **given.kwargs)
 
     return call
 

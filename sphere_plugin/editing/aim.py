@@ -166,15 +166,15 @@ class _Group:
     def losses(self, anatomy: Anatomy, delta: Tensor, layer: int, contexts: int, kl_factor: float) -> Tensor:
         """[facts] what this group adds to each fact's loss."""
         facts = torch.tensor([row.fact for row in self.members], device=delta.device)
-        moved = self.entered[:, :1] + delta[facts].to(self.entered.dtype)[:, None]
+        moved = self.entered[:, :1] + delta[facts].to(self.entered)[:, None]
         hidden = torch.cat([moved, self.entered[:, 1:]], dim=1)
         at_loss = self.recording.run(hidden, layer + 1, anatomy.loss_layer + 1)
         losses = torch.zeros(delta.shape[0], device=delta.device)
-        losses = losses + self._likelihood(anatomy, at_loss, contexts, delta.shape[0])
+        losses = losses + self._likelihood(anatomy, at_loss, contexts, delta.shape[0]).to(losses)
         essences = [number for number, row in enumerate(self.members) if not row.sentence.targets]
         if not essences or kl_factor == 0.0:
             return losses
-        index = torch.tensor(essences, device=delta.device)
+        index = torch.tensor(essences, device=at_loss.device)
         top, depth = at_loss[index], len(anatomy.decoder)
         if anatomy.loss_layer + 1 < depth:
             top = self.recording.rows(index).run(top, anatomy.loss_layer + 1, depth)
@@ -184,7 +184,7 @@ class _Group:
         before = torch.stack([self.initial[self.members[row].fact] for row in essences])
         # MEMIT's direction: KL(now ‖ before).
         divergence = (now.exp() * (now - before)).sum(dim=1)
-        return losses.index_add(0, facts[index], kl_factor * divergence)
+        return losses.index_add(0, facts[index.to(facts.device)], kl_factor * divergence.to(losses))
 
     def _likelihood(self, anatomy: Anatomy, hidden: Tensor, contexts: int, count: int) -> Tensor:
         places = [

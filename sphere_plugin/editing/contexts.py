@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sphere_plugin.models.forward import pad_right
+
 # Openers that lead into many kinds of sentence. The first five are those of MEMIT's context templates.
 OPENERS = (
     "The", "Therefore", "Because", "I", "You", "In", "It", "When", "A", "He", "She", "They", "There", "This", "After",
@@ -68,33 +70,44 @@ def write_texts(
         batch: texts written at once.
         progress: called with the number of texts done, as they are done.
     """
+    from transformers import GenerationConfig
+
+    end = tokenizer.eos_token_id
+    padding = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
+    starts = [tokenizer([opener])["input_ids"][0] for opener in openers]
     texts: list[str] = []
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    # Padded here and on the left: many tokenizers have no pad token of their own.
-    pad = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
-    with torch.random.fork_rng(devices=devices):
+    device, own = next(model.parameters()).device, model.generation_config
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
-        while len(texts) < number:
-            size = min(batch, number - len(texts))
-            starts = [openers[(len(texts) + k) % len(openers)] for k in range(size)]
-            rows = tokenizer(starts)["input_ids"]
-            missing = [max(map(len, rows)) - len(row) for row in rows]
-            ids = [[pad] * n + row for n, row in zip(missing, rows, strict=True)]
-            mask = [[0] * n + [1] * len(row) for n, row in zip(missing, rows, strict=True)]
-            with torch.no_grad():
-                written = model.generate(  # type: ignore[operator]
-                    input_ids=torch.tensor(ids, device=device),
-                    attention_mask=torch.tensor(mask, device=device),
-                    max_new_tokens=tokens,
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    pad_token_id=pad,
-                )
-            new = [row[n:] for n, row in zip(missing, written, strict=True)]
-            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
-            if progress is not None:
-                progress(size)
+        try:
+            # The model's own generation settings, such as a repetition penalty, would fill in what is not given.
+            model.generation_config = GenerationConfig(
+                max_new_tokens=tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=padding,
+                eos_token_id=end,
+            )
+            while len(texts) < number:
+                size = min(batch, number - len(texts))
+                rows = [starts[(len(texts) + k) % len(starts)] for k in range(size)]
+                ids, mask = pad_right([row[::-1] for row in rows])
+                ids, mask = ids.flip(1).to(device), mask.flip(1).to(device)  # padded on the left, to be continued
+                written = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
+                kept = [
+                    _whole(row.tolist(), start, ids.shape[1], end) for row, start in zip(written, rows, strict=True)
+                ]
+                texts += tokenizer.batch_decode(kept, skip_special_tokens=True)
+                if progress is not None:
+                    progress(size)
+        finally:
+            model.generation_config = own
     return texts
+
+
+def _whole(row: list[int], start: list[int], width: int, end: int | None) -> list[int]:
+    """A written row without the padding before its ``start`` and from its end token on."""
+    new = row[width:]
+    return start + (new[: new.index(end)] if end in new else new)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +19,32 @@ from sphere_plugin.editing.anatomy import Anatomy, Rewrite
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.contexts import Contexts
 from sphere_plugin.editing.corpus import check_source
+from sphere_plugin.editing.history import History
 from sphere_plugin.editing.keys import KeyReader
-from sphere_plugin.editing.locate import Locator
-from sphere_plugin.editing.requests import Fact, read_requests
+from sphere_plugin.editing.locate import Locator, Padded
+from sphere_plugin.editing.replay import check_replay
+from sphere_plugin.editing.requests import Fact, read_request, read_requests
 from sphere_plugin.editing.solve import AlphaEdit, Memit
 from sphere_plugin.editing.statistics import key_moments
-from sphere_plugin.errors import ModelError
-from sphere_plugin.files import fingerprint
+from sphere_plugin.errors import ModelError, RequestError
+from sphere_plugin.geometry.neurons import neurons
 from sphere_plugin.journal import Snapshot, all_or_nothing
+from sphere_plugin.models.forward import longest_text
 from sphere_plugin.restraints import BoundRestraint, Restrained
 
 _LOG = logging.getLogger("sphere_plugin")
+
+# The sentence on which each model's replay is checked.
+PROBE: Final = MappingProxyType(
+    {"prompt": "The tower is in the city of", "subject": "tower", "target_new": "one or two"}
+)
+# Settings that may change between batches of one editor.
+FREE: Final = frozenset(
+    ("eta", "alpha", "basis", "row_normalize", "projection", "token_budget")
+    + ("v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor")
+)
+# Share of an update that rounding may swallow before a warning says so.
+ROUNDING: Final = 0.1
 
 # Called with (what, done now, of how many in all).
 Progress = Callable[[str, int, int], None]
@@ -40,7 +58,7 @@ class LayerReport:
         name: the parameter.
         rank: dimension of the principal space the update was held away from; 0 without SPHERE.
         removed_share: share of the update's squared norm that SPHERE took away.
-        update_norm: Frobenius norm of what was written.
+        update_norm: Frobenius norm of what was written, after rounding to the weight's dtype.
         weight_norm: Frobenius norm of the weight it was written to.
     """
 
@@ -81,7 +99,8 @@ class Editor:
 
     Example:
         >>> editor = Editor(model, tokenizer, config)                                       # doctest: +SKIP
-        >>> editor.apply([{"prompt": "The capital of France is", "subject": "France", "target_new": "Rome"}])
+        >>> fact = {"prompt": "The capital of France is", "subject": "France", "target_new": "Rome"}
+        >>> editor.apply([fact])                                                            # doctest: +SKIP
         >>> editor.restore()                                                                # doctest: +SKIP
     """
 
@@ -94,10 +113,13 @@ class Editor:
         self.locator = Locator(tokenizer, config.fact_token)
         check_source(config.mom2_dataset)
         self._check_attention(model)
+        probe = self.locator.aimed(read_request(PROBE, "probe"))
+        with self._quiet():
+            check_replay(self.anatomy, Padded.of([probe], self.anatomy.device))
         self._progress = progress
         self.pretrained = Snapshot.take(self.anatomy.weights)
         self._restraints = self._bind()
-        self._history = _History(self.anatomy)
+        self._history = History(self.anatomy.weights)
         self._contexts: Contexts | None = None
         self._solvers: dict[int, Memit | AlphaEdit] | None = None
 
@@ -130,22 +152,36 @@ class Editor:
 
         Raises:
             RequestError: a request cannot be edited; raised before any computation.
-            ModelError: a weight or an update is not finite. The weights are then as they were before the call.
+            ModelError: a weight, a loss or an update is not finite. The weights are then as they were before the call.
         """
         facts = read_requests(requests)
         self._check_tokens(facts)
         self.anatomy.check_finite()
         self.prepare()
-        for keys in self._history.settle():
-            self._remember(keys)
+        self._remember()
         with self._quiet(), all_or_nothing(self.anatomy.weights) as before:
             aimed = aim(self.anatomy, self.locator, facts, self.contexts.prefixes, self.config, self._aiming(facts))
+            self._check_aimed(aimed)
             reader = KeyReader(self.anatomy, self.locator, facts, self.contexts, self.config.token_budget)
             reports = self._write(reader, aimed.values.T, before)
-            self._history.pend({layer: reader.read(layer)[0] for layer in reader.layers}, before)
+            self._history.pend({layer: reader.read(layer)[0] for layer in reader.layers})
         report = EditReport(len(facts), tuple(reports), aimed)
         self._log(report)
         return report
+
+    def reconfigure(self, config: EditingConfig) -> bool:
+        """Take other settings for the batches to come, keeping all that is remembered.
+
+        Returns:
+            False, and nothing is changed, if ``config`` differs in more than how targets are searched for and how
+            updates are restrained (:data:`FREE`): that takes a new editor.
+        """
+        kept = [field.name for field in dataclasses.fields(EditingConfig) if field.name not in FREE]
+        if any(getattr(config, name) != getattr(self.config, name) for name in kept):
+            return False
+        self.config = config
+        self._restraints = self._bind()
+        return True
 
     def restore(self) -> None:
         """Put the weights back to what they were when this editor was made, bit for bit."""
@@ -183,13 +219,19 @@ class Editor:
                 "finite numbers",
                 "The weights are as before this batch; lower v_lr, or edit a float32 model.",
             )
-        weight_norm = float(weight.norm())  # now: a float32 weight is the live one
+        # Before the write: a float32 weight is the live one.
+        weight_norm, asked = float(weight.norm()), float(restrained.delta.norm())
+        written = float((edited.float() - weight).norm())
+        if written < (1 - ROUNDING) * asked:
+            _LOG.warning(
+                "%s: rounding to %s left %.2g of an update of %.2g", rewrite.name, edited.dtype, written, asked
+            )
         rewrite.write(edited)
         return LayerReport(
             name=rewrite.name,
             rank=restrained.rank,
             removed_share=restrained.removed_share,
-            update_norm=float(restrained.delta.norm()),
+            update_norm=written,
             weight_norm=weight_norm,
         )
 
@@ -198,8 +240,6 @@ class Editor:
         return {layer: sphere.bind(self._pretrained_of(r)) for layer, r in self.anatomy.rewrites.items()}
 
     def _pretrained_of(self, rewrite: Rewrite) -> Tensor:
-        from sphere_plugin.geometry.neurons import neurons
-
         return neurons(self.pretrained.tensors[rewrite.name], rewrite.transposed)
 
     def _solver(self, layer: int, moment: Tensor) -> Memit | AlphaEdit:
@@ -211,22 +251,51 @@ class Editor:
     def _solver_of(self, layer: int) -> Memit | AlphaEdit:
         if self._solvers is None:
             self.prepare()
-        return (self._solvers or {})[layer]
+        return cast(dict[int, Memit | AlphaEdit], self._solvers)[layer]
 
-    def _remember(self, keys: dict[int, Tensor] | None) -> None:
-        for layer in self.anatomy.rewrites:
-            if keys is None:
-                self._solver_of(layer).forget()
-            else:
-                self._solver_of(layer).remember(keys[layer])
+    def _remember(self) -> None:
+        """Bring what the solvers know of earlier edits up to date; all of them or, on an interruption, none."""
+        now, news = self._history.news()
+        pasts: list[tuple[Any, Any]] = []
+        for keys in news:
+            for layer in self.anatomy.rewrites:
+                solver = self._solver_of(layer)
+                pasts.append((solver, solver.with_keys(None if keys is None else keys[layer])))
+        for solver, past in pasts:
+            solver.remember(past)
+        self._history.settle(now)
 
     def _check_tokens(self, facts: Sequence[Fact]) -> None:
-        for fact in facts:
-            if self.locator.aimed(fact).lookup == 0:
+        for number, fact in enumerate(facts):
+            try:
+                sentence = self.locator.aimed(fact)
+            except RequestError as error:
+                where = f"requests[{number}].{error.culprit}"
+                raise RequestError(where, error.got, error.expected, error.remedy) from None
+            longest = longest_text(self.anatomy.model, len(sentence.ids))
+            if len(sentence.ids) > longest:
+                raise RequestError(
+                    f"requests[{number}].prompt",
+                    f"{len(sentence.ids)} tokens",
+                    f"at most {longest}, which is what the model takes",
+                    "Shorten it.",
+                )
+            if sentence.lookup == 0:
                 _LOG.warning(
                     "the subject of %r is the first token the model sees, where decoders keep an attention sink: "
                     "such edits hardly take; put words before it",
                     fact.prompt,
+                )
+
+    def _check_aimed(self, aimed: Aimed) -> None:
+        """A search whose loss is not a number has found nothing; writing its target would do nothing, or harm."""
+        for number, loss in enumerate(aimed.losses.tolist()):
+            if not math.isfinite(loss):
+                raise ModelError(
+                    f"loss of requests[{number}]",
+                    loss,
+                    "a finite number",
+                    "Nothing was written. Lower v_lr, load the model in float32, or check its weights for NaN.",
                 )
 
     def _check_attention(self, model: nn.Module) -> None:
@@ -242,11 +311,12 @@ class Editor:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Keep dropout out of what is computed here."""
+        """Keep dropout, and the caller's inference mode, out of what is computed here."""
         training = [module for module in self.anatomy.model.modules() if module.training]
         self.anatomy.model.eval()
         try:
-            yield
+            with torch.inference_mode(False):
+                yield
         finally:
             for module in training:
                 module.training = True
@@ -265,40 +335,3 @@ class Editor:
             100 * removed,
             change,
         )
-
-
-class _History:
-    """Which batches are in the weights right now.
-
-    The keys of a batch count as earlier edits only once the next batch finds the weights as that batch left them.
-    Restored weights thus take the keys of what was undone out of the history without anyone having to say so.
-    """
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self._pretrained = self._now()
-        self._settled = self._pretrained
-        self._pending: tuple[dict[int, Tensor], str] | None = None
-
-    def pend(self, keys: dict[int, Tensor], before: Snapshot) -> None:
-        """Note the ``keys`` of a batch that has just been written over the weights ``before``."""
-        self._settled = fingerprint(before.tensors.items())
-        self._pending = (keys, self._now())
-
-    def settle(self) -> list[dict[int, Tensor] | None]:
-        """What to remember before the next batch: keys to add, or None for: forget everything first."""
-        now = self._now()
-        pending, self._pending = self._pending, None
-        if pending is not None and now == pending[1]:
-            self._settled = now
-            return [pending[0]]
-        if now == self._settled and not (now == self._pretrained and pending is None):
-            # The last batch was undone; what came before it still stands, which is nothing if it was the first.
-            return []
-        if now != self._pretrained:
-            _LOG.warning("the weights were changed by someone else since the last batch: earlier keys are forgotten")
-        self._settled = now
-        return [None]
-
-    def _now(self) -> str:
-        return fingerprint(self.anatomy.weights.items())

@@ -12,6 +12,7 @@ from torch import Tensor
 from sphere_plugin.editing.config import FactToken
 from sphere_plugin.editing.requests import Fact
 from sphere_plugin.errors import ModelError, RequestError
+from sphere_plugin.models.forward import pad_right
 
 # The sentence whose next-token distribution aiming keeps as it was (MEMIT's KL term).
 ESSENCE = " is a"
@@ -36,6 +37,25 @@ class Sentence:
         return Sentence(self.ids[: self.lookup + 1], self.lookup)
 
 
+def continuation(tokenizer: Any, prompt: str, target: str) -> tuple[int, ...]:
+    """Token ids of ``target`` as they follow ``prompt``.
+
+    Read off the whole text where its tokens begin with the prompt's, since tokenizers that mark the start of a text
+    would mark the start of a target on its own as well; taken on its own where a token spans the boundary.
+
+    Raises:
+        RequestError: the target has no tokens.
+    """
+    before = tokenizer(prompt)["input_ids"]
+    whole = tokenizer(prompt + target)["input_ids"]
+    ids = whole[len(before) :]
+    if whole[: len(before)] != before or not ids:
+        ids = tokenizer(target, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise RequestError("target_new", target, "text that the tokenizer knows", "Use another target.")
+    return tuple(ids)
+
+
 class Locator:
     """Tokenises facts and finds their lookup tokens.
 
@@ -44,7 +64,7 @@ class Locator:
         fact_token: which token looks the fact up.
 
     Raises:
-        ModelError: the tokenizer is not a fast one.
+        ModelError: the tokenizer is not a fast one, or ends every text with a token of its own.
     """
 
     def __init__(self, tokenizer: Any, fact_token: FactToken) -> None:
@@ -55,13 +75,21 @@ class Locator:
                 "a fast tokenizer, which knows the characters each token covers",
                 "Load it with transformers.AutoTokenizer.",
             )
+        first, past = tokenizer("a", return_offsets_mapping=True)["offset_mapping"][-1]
+        if past <= first:
+            raise ModelError(
+                "tokenizer",
+                "a special token at the end of a text",
+                "none, so that a target can follow its prompt",
+                "Switch it off, for example with tokenizer.add_eos_token = False.",
+            )
         self.tokenizer = tokenizer
         self.fact_token = fact_token
 
     def aimed(self, fact: Fact, prefix: str = "") -> Sentence:
         """The prompt behind ``prefix``, with its target: what aiming reads."""
         prompt = self.keyed(fact, prefix)
-        targets = self.target_ids(fact)
+        targets = continuation(self.tokenizer, prefix + fact.prompt, fact.target)
         return Sentence(prompt.ids + targets[:-1], prompt.lookup, targets)
 
     def keyed(self, fact: Fact, prefix: str = "") -> Sentence:
@@ -72,26 +100,20 @@ class Locator:
         """ "{subject} is a", up to its lookup token."""
         return self._sentence("", fact.subject, ESSENCE).up_to_lookup()
 
-    def target_ids(self, fact: Fact) -> tuple[int, ...]:
-        """Token ids of the target alone."""
-        ids = self.tokenizer(fact.target, add_special_tokens=False)["input_ids"]
-        if ids and ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.unk_token_id):
-            ids = ids[1:]
-        if not ids:
-            raise RequestError("target_new", fact.target, "text that the tokenizer knows", "Use another target.")
-        return tuple(ids)
-
     def _sentence(self, before: str, subject: str, after: str) -> Sentence:
         encoded = self.tokenizer(before + subject + after, return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-        return Sentence(tuple(ids), self._lookup(spans, len(before), len(before) + len(subject)))
+        return Sentence(tuple(ids), self._lookup(spans, len(before), subject))
 
-    def _lookup(self, spans: Sequence[tuple[int, int]], start: int, end: int) -> int:
+    def _lookup(self, spans: Sequence[tuple[int, int]], start: int, subject: str) -> int:
+        end = start + len(subject)
         # Special tokens cover no characters; a character of several byte tokens is covered by each of them.
         covering = [n for n, (first, past) in enumerate(spans) if first < end and past > start and past > first]
         text = [n for n, (first, past) in enumerate(spans) if past > first]
         if not covering:
-            raise RequestError("subject", spans, "a subject that the tokenizer turns into tokens", "Use another one.")
+            raise RequestError(
+                "subject", subject, "a subject that the tokenizer turns into tokens", "Use another one."
+            )
         if self.fact_token == "subject_first":
             return covering[0]
         if self.fact_token == "last":
@@ -118,12 +140,7 @@ class Padded:
     @classmethod
     def of(cls, sentences: Sequence[Sentence], device: torch.device) -> Padded:
         """Pad ``sentences``; what stands in the padding is never attended to."""
-        width = max(len(sentence.ids) for sentence in sentences)
-        ids = torch.zeros(len(sentences), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sentence in enumerate(sentences):
-            ids[row, : len(sentence.ids)] = torch.tensor(sentence.ids)
-            mask[row, : len(sentence.ids)] = 1
+        ids, mask = pad_right([sentence.ids for sentence in sentences])
         lookup = torch.tensor([sentence.lookup for sentence in sentences])
         return cls(ids.to(device), mask.to(device), lookup.to(device))
 

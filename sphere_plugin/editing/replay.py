@@ -3,8 +3,8 @@
 A forward pass is recorded once: what each layer was called with, and where wanted the keys and values of attention.
 From then on any run of layers can be repeated on other hidden states, for all tokens or for those from a given
 position on, against the recorded keys and values of the tokens before. What the recording holds comes from the
-model's own forward pass, so masks, rotary tables and position embeddings are the model's own, on every architecture
-whose layers take a Hugging Face cache.
+model's own forward pass, so rotary tables and position embeddings are the model's own. Every editor checks on its
+model that a replay says what the model says (:func:`check_replay`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from transformers import DynamicCache
 
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.locate import Padded
-
-
-class _Stop(Exception):
-    """Ends a forward pass once all that is wanted of it has been seen."""
+from sphere_plugin.errors import ModelError
+from sphere_plugin.models.forward import Enough, trunk
 
 
 class PrefixCache:
@@ -88,11 +86,10 @@ class Recording:
         count = self.hidden.shape[0]
 
         def change(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == count:
-                return value.index_select(0, keep)
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == count:
+                return _selected(value, keep)
             if isinstance(value, PrefixCache):
-                kept = {n: (k.index_select(0, keep), v.index_select(0, keep)) for n, (k, v) in value.layers.items()}
-                return PrefixCache(kept)
+                return PrefixCache({n: (_selected(k, keep), _selected(v, keep)) for n, (k, v) in value.layers.items()})
             return value
 
         # One cache is shared by all layers of a recording: select from it once.
@@ -102,7 +99,7 @@ class Recording:
             return seen.setdefault(id(value), change(value)) if isinstance(value, PrefixCache) else change(value)
 
         calls = {layer: call.map(once) for layer, call in self.calls.items()}
-        return replace(self, hidden=self.hidden.index_select(0, keep), calls=calls)
+        return replace(self, hidden=_selected(self.hidden, keep), calls=calls)
 
 
 @torch.no_grad()
@@ -134,6 +131,36 @@ def record_suffix(anatomy: Anatomy, batch: Padded, start: int) -> Recording:
     return replace(whole, hidden=suffix.of_tokens(whole.hidden), calls=calls)
 
 
+@torch.no_grad()
+def check_replay(anatomy: Anatomy, batch: Padded) -> None:
+    """Check that replaying the last layers, and the norm and the head after them, gives the model's own logits.
+
+    Models that do more to their logits than a norm and a head (soft caps, scales), or attend otherwise than causally
+    to all tokens before, would be aimed at as if they were another model.
+
+    Raises:
+        ModelError: the log-probabilities differ by more than rounding.
+    """
+    start = max(anatomy.rewrites)
+    suffix = record_suffix(anatomy, batch, start)
+    hidden = suffix.run(suffix.hidden, start, len(anatomy.decoder))
+    ours = torch.log_softmax(anatomy.head(anatomy.norm(hidden)).float(), dim=-1)
+    logits = anatomy.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    theirs = torch.log_softmax(logits.to(ours.device).float(), dim=-1)
+    worst = 0.0
+    for row, lookup in enumerate(batch.lookup.tolist()):
+        length = int(batch.mask[row].sum()) - lookup
+        worst = max(worst, float((ours[row, :length] - theirs[row, lookup : lookup + length]).abs().max()))
+    allowed = 1e-2 if ours.dtype == logits.dtype else 1.0  # half precision rounds every layer's output
+    if not worst <= allowed:
+        raise ModelError(
+            f"replay of {type(anatomy.model).__name__}",
+            f"log-probabilities off by {worst:.3g}",
+            "the model's own logits",
+            "This architecture cannot be edited here yet; LLaMA, Qwen2, GPT-2 and GPT-J can.",
+        )
+
+
 def _record(anatomy: Anatomy, batch: Padded, start: int, past: int, cache: DynamicCache | None) -> Recording:
     calls: dict[int, Call] = {}
     entered: list[Tensor] = []
@@ -144,17 +171,16 @@ def _record(anatomy: Anatomy, batch: Padded, start: int, past: int, cache: Dynam
             if layer == start:
                 entered.append(hidden.detach())
             if cache is None and layer == past - 1:
-                raise _Stop
+                raise Enough
 
         return hook
 
-    base = getattr(anatomy.model, "base_model", anatomy.model)
     with ExitStack() as stack:
         for layer in range(start, past):
             handle = anatomy.decoder[layer].register_forward_pre_hook(entering(layer), with_kwargs=True)
             stack.callback(handle.remove)
-        stack.enter_context(suppress(_Stop))
-        base(
+        stack.enter_context(suppress(Enough))
+        trunk(anatomy.model)(
             input_ids=batch.ids,
             # Padding is on the right, so a causal mask alone keeps every token clear of it. Given ready-made: the
             # model's own may be left out where it is plainly causal, and could not be told apart when run again.
@@ -223,6 +249,10 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
         return args[0], Call(args[1:], dict(kwargs))
     rest = dict(kwargs)
     return rest.pop("hidden_states"), Call((), rest)
+
+
+def _selected(value: Tensor, keep: Tensor) -> Tensor:
+    return value.index_select(0, keep.to(value.device))
 
 
 def _hidden(output: Any) -> Tensor:

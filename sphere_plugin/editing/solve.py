@@ -7,7 +7,7 @@ none is larger than it has to be.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,18 +30,18 @@ class Memit:
         ModelError: C is singular: the text had fewer tokens than the key has dimensions.
     """
 
-    moment: Tensor
+    moment: InitVar[Tensor]
     weight: float
     layer: int
     _factor: Tensor = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        factor, failed = torch.linalg.cholesky_ex(self.weight * self.moment.double())
+    def __post_init__(self, moment: Tensor) -> None:
+        factor, failed = torch.linalg.cholesky_ex(self.weight * moment.double())
         if int(failed) or not bool(torch.isfinite(factor).all()):
             raise ModelError(
                 f"key statistics of layer {self.layer}",
                 "a singular second moment",
-                f"text of more than {self.moment.shape[0]} tokens",
+                f"text of more than {moment.shape[0]} tokens",
                 "Raise mom2_n_samples, or use base_method: AlphaEdit, which needs no inverse of it.",
             )
         self._factor = factor
@@ -53,11 +53,12 @@ class Memit:
         small = torch.eye(k.shape[1], dtype=k.dtype, device=k.device) + k.T @ known
         return (residuals.double() @ _solve_spd(small, known.T)).float()
 
-    def remember(self, keys: Tensor) -> None:
+    def with_keys(self, keys: Tensor | None) -> None:
         """MEMIT knows nothing of earlier edits beyond the weights themselves."""
+        return
 
-    def forget(self) -> None:
-        """Nothing to forget."""
+    def remember(self, past: None) -> None:
+        """Nothing to remember."""
 
 
 @dataclass
@@ -77,15 +78,15 @@ class AlphaEdit:
         ModelError: the null space is empty.
     """
 
-    moment: Tensor
+    moment: InitVar[Tensor]
     threshold: float
     ridge: float
     layer: int
     null: Tensor = field(init=False, repr=False)  # Q, [d_in, null]
     _past: Tensor = field(init=False, repr=False)  # QᵀKpKpᵀQ, [null, null]
 
-    def __post_init__(self) -> None:
-        values, vectors = torch.linalg.eigh(self.moment.double())
+    def __post_init__(self, moment: Tensor) -> None:
+        values, vectors = torch.linalg.eigh(moment.double())
         self.null = vectors[:, values < self.threshold]
         if self.null.shape[1] == 0:
             raise ModelError(
@@ -94,7 +95,7 @@ class AlphaEdit:
                 "a null space of at least one dimension",
                 f"Raise nullspace_threshold; the smallest eigenvalue is {float(values[0]):.3g}.",
             )
-        self.forget()
+        self._past = self.with_keys(None)
 
     def update(self, keys: Tensor, residuals: Tensor) -> Tensor:
         """The update for ``keys`` [d_in, facts] and ``residuals`` [d_out, facts]: [d_out, d_in], float32."""
@@ -103,15 +104,17 @@ class AlphaEdit:
         system.diagonal().add_(self.ridge)
         return (residuals.double() @ _solve_spd(system, k).T @ self.null.T).float()
 
-    def remember(self, keys: Tensor) -> None:
-        """Add the ``keys`` [d_in, facts] of a finished batch to Kp."""
+    def with_keys(self, keys: Tensor | None) -> Tensor:
+        """QᵀKpKpᵀQ with the ``keys`` [d_in, facts] of one more batch in Kp; None empties Kp. Changes nothing here."""
+        if keys is None:
+            size = self.null.shape[1]
+            return torch.zeros(size, size, dtype=torch.float64, device=self.null.device)
         k = self.null.T @ keys.double()
-        self._past += k @ k.T
+        return self._past + k @ k.T
 
-    def forget(self) -> None:
-        """Start with no earlier edits."""
-        size = self.null.shape[1]
-        self._past = torch.zeros(size, size, dtype=torch.float64, device=self.null.device)
+    def remember(self, past: Tensor) -> None:
+        """From now on count as earlier edits what :meth:`with_keys` has returned."""
+        self._past = past
 
 
 def _solve_spd(system: Tensor, right: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.corpus import GENERATED, check_source, read_corpus
 from sphere_plugin.errors import CacheError, ModelError
-from sphere_plugin.files import cache_folder, fingerprint, read_tensors, write_tensors
+from sphere_plugin.files import cache_folder, check_writable, fingerprint, read_tensors, write_tensors
+from sphere_plugin.models.forward import Enough, batches, longest_text, pad_right, trunk
 
 _LOG = logging.getLogger("sphere_plugin")
 _FORMAT = "1"  # raise it when files of an older code must not be used any more
@@ -53,10 +54,10 @@ def key_moments(
     path = _path(anatomy, tokenizer, config)
     cached = _read(path, anatomy)
     if cached is None:
-        counted = _count(anatomy, tokenizer, config, progress)
-        write_tensors(path, {str(layer): moment for layer, moment in counted.items()}, {"format": _FORMAT})
-        _LOG.info("key statistics of layers %s kept in %s", list(counted), path)
-        cached = counted
+        check_writable(path)
+        cached = _count(anatomy, tokenizer, config, progress)
+        write_tensors(path, {str(layer): moment for layer, moment in cached.items()}, {"format": _FORMAT})
+        _LOG.info("key statistics of layers %s kept in %s", list(cached), path)
     return {layer: cached[layer].to(rewrite.parameter.device) for layer, rewrite in anatomy.rewrites.items()}
 
 
@@ -125,15 +126,28 @@ def _count(
     texts = read_corpus(
         config.mom2_dataset, config.mom2_n_samples, anatomy.model, tokenizer, config.seed, told("writing text")
     )
-    longest = min(_LONGEST, getattr(anatomy.model.config, "max_position_embeddings", _LONGEST))
+    longest = min(_LONGEST, longest_text(anatomy.model, _LONGEST))
     ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
     ids = sorted((row for row in ids if len(row) > 1), key=len)
+    _check_amount(anatomy, config, sum(len(row) - 1 for row in ids))
     counter = _Counter(anatomy)
-    for rows in _batches(ids):
-        counter.add(rows)
+    for batch in batches([len(row) for row in ids], _BATCH_TOKENS):
+        counter.add([ids[number] for number in batch])
         if progress is not None:
-            progress("reading keys", len(rows), len(ids))
+            progress("reading keys", len(batch), len(ids))
     return counter.moments()
+
+
+def _check_amount(anatomy: Anatomy, config: EditingConfig, tokens: int) -> None:
+    """Say before anything is counted whether so many tokens can tell what the model knows."""
+    width = max(rewrite.weight.shape[1] for rewrite in anatomy.rewrites.values())
+    if tokens > width:
+        return
+    expected = f"more than {width}, the number of dimensions of a key"
+    remedy = "Raise mom2_n_samples, or give longer texts as mom2_dataset."
+    if tokens == 0 or config.base_method == "MEMIT":
+        raise ModelError("tokens for key statistics", tokens, expected, remedy)
+    _LOG.warning("key statistics: %d tokens, expected %s: most of the null space is mere ignorance", tokens, expected)
 
 
 class _Counter:
@@ -143,17 +157,11 @@ class _Counter:
         self.anatomy = anatomy
         self.tokens = 0
         self.sums: dict[int, Tensor] = {}
-        self._mask: Tensor | None = None
 
     @torch.no_grad()
     def add(self, rows: list[list[int]]) -> None:
         """Count a batch of token ids."""
-        width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor(row)
-            mask[number, : len(row)] = 1
+        ids, mask = pad_right(rows)
         counted = mask.bool()
         counted[:, 0] = False
         self.tokens += int(counted.sum())
@@ -162,10 +170,9 @@ class _Counter:
             for layer, rewrite in self.anatomy.rewrites.items()
         ]
         device = self.anatomy.device
-        base = getattr(self.anatomy.model, "base_model", self.anatomy.model)
         try:
-            base(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-        except _Enough:
+            trunk(self.anatomy.model)(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        except Enough:
             return
         finally:
             for handle in handles:
@@ -177,14 +184,12 @@ class _Counter:
             product = (keys.T @ keys).double()
             self.sums[layer] = self.sums[layer] + product if layer in self.sums else product
             if layer == max(self.anatomy.rewrites):
-                raise _Enough
+                raise Enough
 
         return hook
 
     def moments(self) -> dict[int, Tensor]:
         """E[kkᵀ] of every layer, float32."""
-        if self.tokens == 0:
-            raise ModelError("key statistics", 0, "text of more than one token", "Give other text as mom2_dataset.")
         moments = {layer: (total / self.tokens).float() for layer, total in self.sums.items()}
         for layer, moment in moments.items():
             if not bool(torch.isfinite(moment).all()):
@@ -192,17 +197,3 @@ class _Counter:
                     f"keys of layer {layer}", "NaN or infinity", "finite numbers", "Check the model; try float32."
                 )
         return moments
-
-
-class _Enough(Exception):
-    """Ends a forward pass behind the last layer whose keys are read."""
-
-
-def _batches(ids: list[list[int]]) -> list[list[list[int]]]:
-    batches: list[list[list[int]]] = []
-    for row in ids:
-        if batches and (len(batches[-1]) + 1) * len(row) <= _BATCH_TOKENS:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches

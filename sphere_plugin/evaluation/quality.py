@@ -8,7 +8,7 @@ next token is still the unedited model's first choice (eq. 61, 64).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from sphere_plugin.data import Record
+from sphere_plugin.editing.locate import continuation
 from sphere_plugin.editing.requests import read_request
-from sphere_plugin.geometry import hyperspherical_energy
+from sphere_plugin.errors import RequestError
+from sphere_plugin.models.forward import batches, longest_text, pad_right, trunk
+
+# Tokens of the held-out text read at once; bounds the memory its logits take.
+TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,6 @@ class Scores:
     specificity: tuple[float, ...]
     efficacy_tokens: tuple[float, ...]
     nll: float
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nll)."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,18 @@ class Quality:
         self._neighbours = [
             [_Prompt(self._encode(prompt), ()) for prompt in record.neighbours[:neighbours]] for record in self.records
         ]
-        self._text = [self._encode(part) for part in text.split("\n\n") if part.strip()]
+        self._text = self._windows(text)
         self._unedited = self._predict([prompt for group in self._neighbours for prompt in group])
+
+    def _windows(self, text: str) -> list[tuple[int, ...]]:
+        """Token ids of the text's paragraphs, cut where the model's context or a limit of memory ends."""
+        size = min(TEXT_TOKENS, longest_text(self.model, TEXT_TOKENS))
+        parts = [self._encode(part) for part in text.split("\n\n") if part.strip()]
+        windows = [ids[first : first + size] for ids in parts for first in range(0, len(ids), size)]
+        scored = [ids for ids in windows if len(ids) > 1]
+        if not scored:
+            raise RequestError("held-out text", text[:80], "a paragraph of two tokens or more", "Give a longer text.")
+        return scored
 
     def prompts(self, edits: int) -> int:
         """How many prompts :meth:`score` reads for so many edits."""
@@ -123,8 +133,12 @@ class Quality:
 
     def _target_prompts(self, record: Record, prompts: Sequence[str]) -> list[_Prompt]:
         request = {"prompt": record.prompt, "subject": record.subject, "target_new": record.target_new}
-        target = self.tokenizer(read_request(request, record.prompt).target, add_special_tokens=False)["input_ids"]
-        return [_Prompt(self._encode(prompt) + tuple(target[:-1]), tuple(target)) for prompt in prompts]
+        target = read_request(request, record.prompt).target
+        asked = []
+        for prompt in prompts:
+            tokens = continuation(self.tokenizer, prompt.rstrip(), target)
+            asked.append(_Prompt(self._encode(prompt) + tokens[:-1], tokens))
+        return asked
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text.rstrip())["input_ids"])
@@ -135,19 +149,14 @@ class Quality:
     ) -> list[tuple[int, ...]]:
         """The model's first choices for the asked tokens of every prompt, in the order given."""
         choices: list[tuple[int, ...]] = [()] * len(prompts)
-        for batch in self._batches(prompts):
-            width = max(len(prompts[number].ids) for number in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            rows: list[int] = []
-            columns: list[int] = []
-            for row, number in enumerate(batch):
-                prompt = prompts[number]
-                length, asked = len(prompt.ids), max(1, len(prompt.targets))
-                ids[row, :length] = torch.tensor(prompt.ids)
-                mask[row, :length] = 1
-                rows += [row] * asked
-                columns += range(length - asked, length)
+        for batch in batches([len(prompt.ids) for prompt in prompts], self.batch_tokens):
+            ids, mask = pad_right([prompts[number].ids for number in batch])
+            places = [
+                (row, len(prompts[number].ids) - back)
+                for row, number in enumerate(batch)
+                for back in range(max(1, len(prompts[number].targets)), 0, -1)
+            ]
+            rows, columns = torch.tensor(places).unbind(dim=1)
             hidden = self._hidden(ids.to(self._device), mask.to(self._device))
             said = self._head(hidden[rows, columns]).argmax(dim=1).tolist()
             for number in batch:
@@ -157,34 +166,17 @@ class Quality:
                 progress(len(batch))
         return choices
 
-    def _batches(self, prompts: Sequence[_Prompt]) -> Iterator[list[int]]:
-        """Numbers of prompts, those of like length together."""
-        batch: list[int] = []
-        for number in sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids)):
-            if batch and (len(batch) + 1) * len(prompts[number].ids) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(number)
-        if batch:
-            yield batch
-
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        base = getattr(self.model, "base_model", self.model)
-        hidden: Tensor = base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden: Tensor = trunk(self.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return hidden
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)  # type: ignore[operator]
         return logits
-
-
-def energies(weights: Sequence[Tensor], s: float) -> list[float]:
-    """Hyperspherical energy of each weight [d_out, d_in]."""
-    return [hyperspherical_energy(weight, s) for weight in weights]
 
 
 def _strict(said: Sequence[tuple[int, ...]], prompts: Sequence[_Prompt]) -> float:

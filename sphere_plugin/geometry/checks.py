@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -10,9 +12,13 @@ from torch import Tensor
 from sphere_plugin.errors import ConfigError, ModelError
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_eta(eta: float) -> None:
     """Raises ConfigError unless ``eta`` is a number in (0, 1]."""
-    if not (isinstance(eta, int | float) and 0.0 < eta <= 1.0):
+    if not (_is_number(eta) and 0.0 < eta <= 1.0):
         raise ConfigError(
             "eta",
             eta,
@@ -23,7 +29,7 @@ def check_eta(eta: float) -> None:
 
 def check_alpha(alpha: float) -> None:
     """Raises ConfigError unless ``alpha`` is a number in [0, 1]."""
-    if not (isinstance(alpha, int | float) and 0.0 <= alpha <= 1.0):
+    if not (_is_number(alpha) and 0.0 <= alpha <= 1.0):
         raise ConfigError(
             "alpha",
             alpha,
@@ -34,7 +40,7 @@ def check_alpha(alpha: float) -> None:
 
 def check_order(s: float) -> None:
     """Raises ConfigError unless ``s`` is a finite number that is not negative."""
-    if not (isinstance(s, int | float) and 0.0 <= s < math.inf):
+    if not (_is_number(s) and 0.0 <= s < math.inf):
         raise ConfigError("s", s, "a finite number >= 0", "Use 1 for the Riesz energy, 0 for the logarithmic one.")
 
 

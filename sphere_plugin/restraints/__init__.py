@@ -1,6 +1,18 @@
 """Restraints: functions of (W, ΔW) that return the part of an update worth writing."""
 
+from sphere_plugin.restraints.chain import Chain
 from sphere_plugin.restraints.protocol import BoundRestraint, Restrained, Restraint
+from sphere_plugin.restraints.prune import PruneConfig, prune_view
+from sphere_plugin.restraints.rect import RectConfig
 from sphere_plugin.restraints.sphere import SphereConfig
 
-__all__ = ["BoundRestraint", "Restrained", "Restraint", "SphereConfig"]
+__all__ = [
+    "BoundRestraint",
+    "Chain",
+    "PruneConfig",
+    "RectConfig",
+    "Restrained",
+    "Restraint",
+    "SphereConfig",
+    "prune_view",
+]

@@ -19,7 +19,8 @@ class Restrained:
 
     Attributes:
         delta: the update to write, [d_out, d_in], on the device of the update that went in.
-        removed_share: share of the update's squared Frobenius norm that was taken away, in [0, 1].
+        removed_share: share of the update's squared Frobenius norm that was taken away; at most 1, and negative where
+            a restraint lengthened the update (PRUNE, correcting earlier ones).
         rank: dimension of the space the update was held away from; 0 if the restraint has none.
     """
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.geometry import PrincipalSpace
+from sphere_plugin.geometry.checks import check_alpha, check_eta
 from sphere_plugin.restraints.protocol import BoundRestraint, Restrained
 
 Basis = Literal["current", "pretrained"]
@@ -39,15 +40,8 @@ class SphereConfig:
     row_normalize: bool = True
 
     def __post_init__(self) -> None:
-        if not _is_number(self.eta) or not 0.0 < self.eta <= 1.0:
-            raise ConfigError("eta", self.eta, "a number in (0, 1]", "The paper uses eta: 0.5 for every method.")
-        if not _is_number(self.alpha) or not 0.0 <= self.alpha <= 1.0:
-            raise ConfigError(
-                "alpha",
-                self.alpha,
-                "a number in [0, 1]",
-                "The paper uses alpha: 0.5 on AlphaEdit and alpha: 0.8 on every other method.",
-            )
+        check_eta(self.eta)
+        check_alpha(self.alpha)
         if self.basis not in get_args(Basis):
             raise ConfigError("basis", self.basis, " or ".join(get_args(Basis)), "Leave it out for the default.")
 
@@ -66,10 +60,8 @@ class _BoundSphere:
         if self.config.alpha == 0.0:
             return Restrained(delta, removed_share=0.0, rank=0)
         space = self._fit(weight)
-        projected = space.project(delta, self.config.alpha)
-        before = delta.float().square().sum().item()
-        removed = 1.0 - projected.float().square().sum().item() / before if before > 0.0 else 0.0
-        return Restrained(projected, removed_share=removed, rank=space.rank)
+        alpha = self.config.alpha
+        return Restrained(space.project(delta, alpha), space.removed_share(delta, alpha), space.rank)
 
     def _fit(self, weight: Tensor) -> PrincipalSpace:
         if self.config.basis == "current":
@@ -79,7 +71,3 @@ class _BoundSphere:
                 self.pretrained.to(weight.device), self.config.eta, row_normalize=self.config.row_normalize
             )
         return self._space
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

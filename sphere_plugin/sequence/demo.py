@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
@@ -23,20 +24,20 @@ from tqdm import tqdm
 
 from sphere_plugin._version import __version__
 from sphere_plugin.data import own_text, read_records
-from sphere_plugin.easyedit.host import load_host
 from sphere_plugin.easyedit.hparams import SphereHyperParams
 from sphere_plugin.easyedit.registration import register
-from sphere_plugin.editing import Editor
 from sphere_plugin.errors import ConfigError, SphereError
 from sphere_plugin.evaluation import Quality
-from sphere_plugin.files import write_json
-from sphere_plugin.models import load_model, resolve_model
+from sphere_plugin.files import check_writable, write_json
 from sphere_plugin.sequence.run import Checkpoint, SequentialRun, check_schedule
 
 _LOG = logging.getLogger("sphere_plugin")
 
 # Scoring one prompt, as a share of editing one fact: only the progress bar's estimate depends on it.
 PROMPT_COST = 0.04
+
+
+BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 
 class DemoError(SphereError, RuntimeError):
@@ -77,12 +78,15 @@ def run_demo(demo: Demo) -> dict[str, Any]:
     Raises:
         SphereError: bad settings or data, before anything is computed; DemoError if a run fails.
     """
-    read_records(demo.data, demo.edits)
+    records = read_records(demo.data, demo.edits)
     check_schedule(demo.edits, demo.batch_size, demo.checkpoints)
-    host = load_host().describe()
-    hparams = demo.hparams
-    hparams.model_name = resolve_model(hparams.model_name)
-    _prepare(hparams)
+    check_writable(demo.out / "demo.json")
+    with contextlib.chdir(demo.out):  # EasyEdit writes its log to the working directory
+        host = register()
+        editor = host.base_editor(demo.hparams)
+        Quality(editor.model, editor.tok, records[:1], demo.text)  # says what is wrong with the text
+        editor.apply_algo.editor.prepare()
+        del editor
     started = time.perf_counter()
     checkpoints = _side_by_side(demo)
     result = {
@@ -90,12 +94,10 @@ def run_demo(demo: Demo) -> dict[str, Any]:
             "edits": demo.edits,
             "batch_size": demo.batch_size,
             "data": "the project's own facts" if demo.data is None else demo.data.name,
-            "model": Path(hparams.model_name).name,
-            "hparams": {
-                f.name: getattr(hparams, f.name) for f in dataclasses.fields(hparams) if f.name != "model_name"
-            },
+            "model": Path(demo.hparams.model_name).name,
+            "hparams": {**dataclasses.asdict(demo.hparams), "model_name": Path(demo.hparams.model_name).name},
             "seconds": round(time.perf_counter() - started, 1),
-            "host": host.split(" in ")[0],
+            "host": host.describe().split(" in ")[0],
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_default_dtype()}",
             "versions": {name: version(name) for name in ("torch", "transformers")} | {"sphere-plugin": __version__},
@@ -104,21 +106,6 @@ def run_demo(demo: Demo) -> dict[str, Any]:
     }
     write_json(demo.out / "demo.json", result)
     return result
-
-
-def _prepare(hparams: SphereHyperParams) -> None:
-    """Count key statistics with all threads, once, so that both runs find them in the cache."""
-    model, tokenizer = load_model(hparams.model_name)
-    bars: dict[str, tqdm[Any]] = {}
-
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in bars:
-            bars[what] = tqdm(total=total, desc=what, unit="text")
-        bars[what].update(done)
-
-    Editor(model, tokenizer, hparams.editing(), progress).prepare()
-    for bar in bars.values():
-        bar.close()
 
 
 # ---- two processes, one bar each ----
@@ -136,7 +123,7 @@ def _side_by_side(demo: Demo) -> dict[str, list[dict[str, Any]]]:
     with _one_thread_each():
         for worker in workers.values():
             worker.start()
-    bars = {name: tqdm(total=None, desc=f"{name:20}", unit="fact", position=n) for n, name in enumerate(entries)}
+    bars = {name: tqdm(total=0, desc=f"{name:20}", bar_format=BAR, position=n) for n, name in enumerate(entries)}
     try:
         running = set(entries)
         while running:
@@ -223,7 +210,7 @@ def _run(hparams: SphereHyperParams, demo: Demo, tell: Callable[[str, Any], None
     editor = register().base_editor(hparams)
     quality = Quality(editor.model, editor.tok, records, demo.text)
     prompts = sum(quality.prompts(edits) for edits in demo.checkpoints)
-    tell("total", round(demo.edits + PROMPT_COST * prompts))
+    tell("total", demo.edits + PROMPT_COST * prompts)
 
     def progress(edits: int, scored: int) -> None:
         tell("progress", edits + PROMPT_COST * scored)
@@ -258,7 +245,9 @@ def held_out(path: Path | None) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("--text", str(path), f"a text file ({error})", "Leave it out for the project's own.") from error
+        raise ConfigError(
+            "--text", str(path), f"a text file ({error})", "Leave it out for the project's own."
+        ) from error
     if len(text.split()) < 2:
         raise ConfigError("--text", str(path), "a text of some words", "Leave it out for the project's own.")
     return text

@@ -11,7 +11,7 @@ from sphere_plugin.data import Record
 from sphere_plugin.easyedit.method import Session
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.evaluation import Quality, Scores
-from sphere_plugin.evaluation.quality import energies
+from sphere_plugin.geometry import hyperspherical_energy
 
 # The energies a checkpoint reports: s = 0 is the logarithmic one, s = 2 that of the paper's theorem.
 ORDERS = (0.0, 1.0, 2.0)
@@ -71,7 +71,7 @@ class SequentialRun:
         """Score the model as it is."""
         anatomy = self.editor.apply_algo.editor.anatomy
         weights = [rewrite.weight for rewrite in anatomy.rewrites.values()]
-        energy = {s: energies(weights, s) for s in ORDERS}
+        energy = {s: [hyperspherical_energy(weight, s) for weight in weights] for s in ORDERS}
         scores = self.quality.score(edits, lambda prompts: self._progress(0, prompts))
         return Checkpoint(scores, energy, list(fresh), seconds)
 

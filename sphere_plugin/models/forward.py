@@ -1,0 +1,47 @@
+"""What every pass through a decoder needs: padding, batches of like length, the trunk below the output embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Enough(Exception):
+    """Raised in a hook to end a forward pass once all that is wanted of it has been seen."""
+
+
+def trunk(model: nn.Module) -> Any:
+    """The model without its output embedding, where it has one."""
+    return getattr(model, "base_model", model)
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, both [rows, longest]; the mask is 1 where there is a token."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return ids, mask
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Numbers of rows, those of like length together, at most ``budget`` padded tokens or one row in a batch."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[number] > budget:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def longest_text(model: nn.Module, otherwise: int) -> int:
+    """How many tokens the model takes, by its own settings."""
+    known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 0 else otherwise
