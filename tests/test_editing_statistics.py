@@ -156,6 +156,27 @@ def test_texts_of_one_token_have_nothing_to_count(tmp_path: Path, folder: Path) 
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_too_little_text_for_memit_is_refused_before_it_is_read(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text(PARAGRAPHS[0], encoding="utf-8")
+    monkeypatch.setattr(statistics._Counter, "add", lambda *_: pytest.fail("the text was read"))
+    config = pico_config("llama", base_method="MEMIT", mom2_dataset=str(path), stats_dir=str(folder))
+    with pytest.raises(ModelError, match=r"tokens for key statistics: got \d+, expected more than 64.*mom2_n_samples"):
+        moments("llama", config)
+
+
+def test_too_little_text_for_alphaedit_is_warned_about(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text(PARAGRAPHS[0], encoding="utf-8")
+    moments("llama", pico_config("llama", mom2_dataset=str(path), stats_dir=str(folder)))
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "more than 64" in record.getMessage()
+
+
 def test_keys_that_are_not_finite_are_refused_and_not_kept(text: Path, folder: Path) -> None:
     model, tokenizer = pico("llama")
     config = pico_config("llama", mom2_dataset=str(text), stats_dir=str(folder))
