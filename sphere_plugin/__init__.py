@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sphere_plugin._version import __version__
@@ -39,15 +40,17 @@ __all__ = [
 
 logging.getLogger("sphere_plugin").addHandler(logging.NullHandler())
 
-_HOME = {
-    "errors": ("CacheError", "ConfigError", "HostError", "ModelError", "RequestError", "SphereError"),
-    "geometry": ("PrincipalSpace", "energy_change", "hyperspherical_energy"),
-    "restraints": ("SphereConfig",),
-    "editing": ("EditingConfig", "Editor"),
-    "models": ("load_model",),
-    "easyedit.hparams": ("SphereHyperParams",),
-    "easyedit.registration": ("register", "unregister"),
-}
+_HOME = MappingProxyType(
+    {
+        "errors": ("CacheError", "ConfigError", "HostError", "ModelError", "RequestError", "SphereError"),
+        "geometry": ("PrincipalSpace", "energy_change", "hyperspherical_energy"),
+        "restraints": ("SphereConfig",),
+        "editing": ("EditingConfig", "Editor"),
+        "models": ("load_model",),
+        "easyedit.hparams": ("SphereHyperParams",),
+        "easyedit.registration": ("register", "unregister"),
+    }
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -342,6 +342,26 @@ def test_a_models_name_decides_nothing(name: str, kind: str, base: str, register
     assert same(weights(editor.model), edited_by_hand(hparams, [FACTS[:2]])[0])
 
 
+@pytest.mark.parametrize("verb", ["edit", "batch_edit"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_calls_as_main_s_scripts_make_them_mean_the_same_on_both_hosts(
+    verb: str, sequential: bool, registered: Host, folders: Callable
+) -> None:
+    """The PyPI release swallows sequential_edit, and its batch_edit trips over locality_inputs."""
+    hparams = hyperparams("llama", folders("llama", "llama"))
+    editor = registered.base_editor.from_hparams(hparams)
+    before = weights(editor.model)
+    neighbours = {"prompt": ["Big Ben is in the city of"] * 2, "ground_truth": ["London"] * 2}
+    metrics, *_ = getattr(editor, verb)(
+        **columns(FACTS[:2]),
+        locality_inputs={"neighborhood": neighbours},
+        keep_original_weight=True,
+        sequential_edit=sequential,
+    )
+    assert same(weights(editor.model), before) is not sequential
+    assert any(key.startswith("neighborhood") for key in metrics[-1]["post"]["locality"])
+
+
 def test_half_precision_is_loaded_where_it_is_asked_for(registered: Host, folders: Callable) -> None:
     """`fp16: true` was overlooked where the host does not know the model's name."""
     editor = registered.base_editor.from_hparams(hyperparams("qwen2", folders("mymodel", "qwen2"), fp16=True))

@@ -586,3 +586,8 @@ class TestDocs:
         assert {name: int(layers) for name, layers in rows} == {
             name: depth for name, depth in DEPTH.items() if name != "smollm2-135m"
         }
+
+
+def test_a_random_choice_of_layers_is_refused_rather_than_overlooked():
+    with pytest.raises(ConfigError, match="layer_selection: got 'random', expected all"):
+        SphereHyperParams.from_mapping({"alg_name": "SPHERE", "layer_selection": "random"})

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import yaml
@@ -22,16 +23,18 @@ _LOG = logging.getLogger("sphere_plugin")
 ALG_NAME = "SPHERE"
 
 # Keys of EasyEdit's own SPHERE and AlphaEdit YAMLs that nothing here needs, and why.
-UNUSED = {
-    "P_loc": "the null space is computed from the key statistics, which are cached by what they depend on",
-    "attn_module_tmp": "attention is not edited",
-    "mlp_module_tmp": "rewrite_module_tmp says which layer is edited",
-    "mom2_dtype": "statistics are summed in float64",
-    "mom2_adjustment": "the closed forms here always weigh what the model knows",
-    "layer_selection": "all layers are edited",
-}
+UNUSED = MappingProxyType(
+    {
+        "P_loc": "the null space is computed from the key statistics, which are cached by what they depend on",
+        "attn_module_tmp": "attention is not edited",
+        "mlp_module_tmp": "rewrite_module_tmp says which layer is edited",
+        "mom2_dtype": "statistics are summed in float64",
+        "mom2_adjustment": "the closed forms here always weigh what the model knows",
+        "layer_selection": "all layers are edited",
+    }
+)
 # EasyEdit's names for the two numbers of the paper.
-SYNONYMS = {"cumulative_ratio": "eta", "suppression_strength": "alpha"}
+SYNONYMS = MappingProxyType({"cumulative_ratio": "eta", "suppression_strength": "alpha"})
 
 
 @dataclass(kw_only=True)
@@ -98,6 +101,9 @@ class SphereHyperParams(EditingConfig):
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any]) -> Self:
         """Build from the keys of a YAML, EasyEdit's own SPHERE keys among them."""
+        if content.get("layer_selection", "all") != "all":
+            remedy = "Name the layers to edit in layers instead."
+            raise ConfigError("layer_selection", content["layer_selection"], "all, or nothing", remedy)
         values = {key: value for key, value in content.items() if key not in UNUSED}
         unused = [key for key in content if key in UNUSED]
         if unused:

@@ -148,13 +148,22 @@ def _checked(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
             given.arguments["prompts"] = written[0] if isinstance(more["prompts"], str) else written
         else:
             read_requests(more["requests"])
-        kwargs = given.arguments.get("kwargs", {})
-        if kind == "pypi" and "sequential_edit" in kwargs:
-            # Main's word for it. The 2023 host swallows it unread, and goes by keep_original_weight alone.
-            kwargs["keep_original_weight"] = not kwargs.pop("sequential_edit")
+        if kind == "pypi":
+            _as_pypi_says(given.arguments)
         return original(*given.args, **given.kwargs)
 
     return call
+
+
+def _as_pypi_says(arguments: dict[str, Any]) -> None:
+    """Put arguments that main reads, and the 2023 release swallows or trips over, into that release's words."""
+    extra = arguments.get("kwargs", {})
+    if "sequential_edit" in extra:
+        arguments["keep_original_weight"] = not extra.pop("sequential_edit")
+    # Its batch_edit hands its locality_prompts on as locality_inputs, and locality_ground_truth as portability_inputs.
+    for ours, theirs in (("locality_inputs", "locality_prompts"), ("portability_inputs", "locality_ground_truth")):
+        if ours in extra:
+            arguments[theirs] = extra.pop(ours)
 
 
 def _requests(prompts: Any, targets: Any, subjects: Any) -> list[dict[str, Any]]:
