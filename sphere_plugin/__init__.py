@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from sphere_plugin._version import __version__
 
 if TYPE_CHECKING:
+    from sphere_plugin.callback import SphereCallback
     from sphere_plugin.editing import EditingConfig, Editor
     from sphere_plugin.errors import CacheError, ConfigError, HostError, ModelError, RequestError, SphereError
     from sphere_plugin.geometry import PrincipalSpace, energy_change, hyperspherical_energy
+    from sphere_plugin.peft import project_adapter, project_saved_adapter
     from sphere_plugin.restraints import SphereConfig
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "ModelError",
     "PrincipalSpace",
     "RequestError",
+    "SphereCallback",
     "SphereConfig",
     "SphereError",
     "SphereHyperParams",
@@ -34,6 +37,8 @@ __all__ = [
     "energy_change",
     "hyperspherical_energy",
     "load_model",
+    "project_adapter",
+    "project_saved_adapter",
     "register",
     "unregister",
 ]
@@ -47,6 +52,8 @@ _HOME = MappingProxyType(
         "restraints": ("SphereConfig",),
         "editing": ("EditingConfig", "Editor"),
         "models": ("load_model",),
+        "peft": ("project_adapter", "project_saved_adapter"),
+        "callback": ("SphereCallback",),
         "easyedit.hparams": ("SphereHyperParams",),
         "easyedit.registration": ("register", "unregister"),
     }

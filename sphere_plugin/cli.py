@@ -38,6 +38,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--batch-size", type=int, default=20, help="facts per batch (default: 20)")
     demo.add_argument("--checkpoints", help="score all edits so far after these numbers (default: three)")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for figure, numbers and logs")
+    adapter = commands.add_parser("project-adapter", help="write a saved LoRA adapter anew, projected")
+    adapter.set_defaults(run=_project_adapter)
+    adapter.add_argument("source", metavar="IN", type=Path, help="folder of the adapter, from save_pretrained")
+    adapter.add_argument("target", metavar="OUT", type=Path, help="folder to make")
+    adapter.add_argument("--base", metavar="MODEL", required=True, help="the model it was trained on: name or folder")
+    adapter.add_argument("--eta", type=float, default=0.5, help="cumulative ratio (default: 0.5)")
+    adapter.add_argument("--alpha", type=float, default=0.8, help="suppression strength (default: 0.8)")
     return parser
 
 
@@ -71,6 +78,17 @@ def _checkpoints(text: str | None, edits: int, batch_size: int) -> tuple[int, ..
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError("--checkpoints", text, "numbers with commas between them", "Write 40,100,200.") from None
+
+
+def _project_adapter(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.peft import project_saved_adapter
+    from sphere_plugin.restraints import SphereConfig
+
+    source, target = arguments.source.expanduser(), arguments.target.expanduser()
+    config = SphereConfig(eta=arguments.eta, alpha=arguments.alpha)
+    report = project_saved_adapter(source, target, arguments.base, config)
+    print(f"{target}: {len(report.layers)} layers, {report.removed_share:.1%} of the update removed")
+    return 0
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class ModelError(SphereError, ValueError):
 
 
 class HostError(SphereError, ImportError):
-    """EasyEdit is missing, or is not one this package knows how to run."""
+    """EasyEdit, or another library the call needs, is missing or not one this package knows how to run."""
 
 
 class CacheError(SphereError, OSError):

@@ -42,6 +42,7 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     host = load_host()
     assert host.kind == request.param
+    sp.unregister()  # what ran before in this process, the demo say, may have left SPHERE registered
     log = sys.modules["easyeditor.editors.editor"].LOG
     handlers = list(log.handlers)
     yield host
