@@ -351,7 +351,7 @@ BAD: dict[str, list[Any]] = {
     "fp16": ["no", 1, None],
     "model_parallel": ["x", 1, None],
     "max_length": NO_COUNT,
-    "device": ["", None, True, 1.5, -1],
+    "device": ["", None, True, 1.5, -1, "mps"],
 }
 
 

@@ -46,7 +46,7 @@ class SphereHyperParams(EditingConfig):
     Attributes:
         model_name: "smollm2-135m" for the model this package carries, a Hugging Face name, or a local folder.
         alg_name: always "SPHERE".
-        device: "cpu", "mps", "cuda:1", or a GPU's number.
+        device: "cpu", "cuda:1", or a GPU's number.
         batch_size: facts per batch of ``batch_edit``; ``edit`` takes one at a time and wants 1.
         max_length: tokens EasyEdit's evaluators read of a prompt.
         model_parallel: spread the model over all GPUs, as EasyEdit does.
@@ -74,6 +74,10 @@ class SphereHyperParams(EditingConfig):
         check_flag("fp16", self.fp16)
         if isinstance(self.device, str):
             check_text("device", self.device)
+            if self.device.startswith("mps"):
+                raise ConfigError(
+                    "device", self.device, "cpu or a CUDA device", "MPS has no float64, which sums need."
+                )
         else:
             check_number("device", self.device, 0, whole=True)
         super().__post_init__()
