@@ -139,6 +139,8 @@ def _side_by_side(demo: Demo) -> dict[str, list[dict[str, Any]]]:
                 raise DemoError(name, content, "a finished run", f"See {demo.out / _log_name(name)}.")
             else:
                 running.discard(name)
+        for worker in workers.values():
+            worker.join(timeout=60)  # let them clear up after themselves
     finally:
         for bar in bars.values():
             bar.close()
