@@ -43,15 +43,6 @@ BASES = ("AlphaEdit", "MEMIT")
 PROJECTIONS = ("in_loop", "post")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Pico models are too small for threads, which only get into each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(kind: str = "llama", seed: int = 0, **settings: object) -> Editor:
     """An editor on a fresh pico model; AlphaEdit's null space takes up about half of all dimensions."""
     threshold = 2.0 if kind in ("llama", "qwen2") else 0.15

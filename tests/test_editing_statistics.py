@@ -33,15 +33,6 @@ PARAGRAPHS = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Pico models are too small for threads, which only get into each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """A file of five paragraphs."""
