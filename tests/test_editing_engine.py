@@ -7,7 +7,9 @@ import torch
 from conftest import REQUESTS, pico_config
 from pico import KINDS, pico
 from torch import nn
+from transformers import AutoModelForCausalLM, GraniteConfig
 
+from sphere_plugin.editing import Editor
 from sphere_plugin.editing.aim import aim
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.contexts import Contexts
@@ -15,6 +17,7 @@ from sphere_plugin.editing.keys import KeyReader
 from sphere_plugin.editing.locate import Locator, Padded
 from sphere_plugin.editing.replay import record, record_suffix
 from sphere_plugin.editing.requests import read_requests
+from sphere_plugin.errors import ModelError, RequestError
 
 FACTS = read_requests(REQUESTS)
 CONTEXTS = Contexts(("", "He said it. ", "A new line starts here and goes on. "), (0.5, 0.25, 0.25))
@@ -185,3 +188,42 @@ def test_other_lookup_tokens(choice: str, expected: str) -> None:
     _, tokenizer, _, _, _ = parts("gpt2")
     sentence = Locator(tokenizer, choice).keyed(FACTS[0])
     assert tokenizer.decode(sentence.ids[sentence.lookup]).strip().startswith(expected[0])
+
+
+# ---- models whose replay would be another model's ----
+
+
+def granite(**changes: object):
+    tokenizer = pico("qwen2")[1]
+    config = GraniteConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, **changes,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval(), tokenizer
+
+
+def test_a_model_that_scales_its_logits_is_refused() -> None:
+    """Aiming reads logits as head(norm(h)); Granite divides them, Gemma 2 caps them."""
+    with pytest.raises(ModelError, match="replay of GraniteForCausalLM: got 'log-probabilities off by"):
+        Editor(*granite(logits_scaling=8.0, initializer_range=0.5), pico_config("llama"))
+    Editor(*granite(logits_scaling=1.0, initializer_range=0.5), pico_config("llama"))
+
+
+def test_a_model_with_nan_outside_the_edited_layers_is_refused() -> None:
+    model, tokenizer = pico("llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    with pytest.raises(ModelError, match="replay of LlamaForCausalLM: got 'log-probabilities off by nan"):
+        Editor(model, tokenizer, pico_config("llama"))
+
+
+def test_a_prompt_longer_than_a_window_of_attention_is_refused() -> None:
+    model, tokenizer = pico("llama")
+    editor = Editor(model, tokenizer, pico_config("llama"))
+    model.config.sliding_window = 8
+    with pytest.raises(RequestError, match=r"requests\[0\].prompt: got '\d+ tokens', expected at most 8"):
+        editor.apply(REQUESTS)
+    model.config.use_sliding_window = False
+    editor.apply(REQUESTS)

@@ -42,6 +42,9 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def longest_text(model: nn.Module, otherwise: int) -> int:
-    """How many tokens the model takes, by its own settings."""
-    known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return known if isinstance(known, int) and known > 0 else otherwise
+    """How many tokens the model takes, and attends to from each of its layers, by its own settings."""
+    config = getattr(model, "config", None)
+    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "window_size", None)]
+    if getattr(config, "use_sliding_window", True):
+        limits.append(getattr(config, "sliding_window", None))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=otherwise)
