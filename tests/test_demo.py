@@ -14,6 +14,7 @@ from pico import save_pico
 from sphere_plugin.cli import main
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.report import table
+from sphere_plugin.sequence.demo import demo_hparams
 from sphere_plugin.sequence.run import check_schedule
 
 
@@ -35,8 +36,9 @@ def demo(settings: Path, out: Path, *more: str) -> int:
     return main(["demo", "--hparams", str(settings), *arguments])
 
 
-def test_the_demo_leaves_a_table_a_figure_and_the_numbers(settings: Path, tmp_path: Path, capsys) -> None:
-    assert demo(settings, tmp_path / "out") == 0
+def test_the_demo_leaves_a_table_a_figure_and_the_numbers(settings: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert demo(settings, Path("out"), "--model", "pico-llama") == 0
     result = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert list(result["entries"]) == ["MEMIT", "MEMIT + SPHERE"]
     for checkpoints in result["entries"].values():
@@ -52,6 +54,19 @@ def test_the_demo_leaves_a_table_a_figure_and_the_numbers(settings: Path, tmp_pa
     assert first[2]["energy"] != second[2]["energy"], "SPHERE changed nothing"
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert table(result) in capsys.readouterr().out
+
+
+def test_paths_are_those_of_the_folder_it_is_called_in(settings: Path, tmp_path: Path, monkeypatch) -> None:
+    """The runs change their working directory, for EasyEdit writes its log there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.txt").write_text("Some text.\n\nMore of it.", encoding="utf-8")
+    content = yaml.safe_load(settings.read_text()) | {"mom2_dataset": "corpus.txt", "stats_dir": "statistics"}
+    settings.write_text(yaml.safe_dump(content))
+    hparams = demo_hparams(Path("pico.yaml"), "MEMIT", "pico-llama")
+    assert hparams.model_name == str(tmp_path / "pico-llama")
+    assert hparams.mom2_dataset == str(tmp_path / "corpus.txt")
+    assert hparams.stats_dir == str(tmp_path / "statistics")
+    assert demo_hparams(Path("pico.yaml"), "MEMIT", "some/hub-name").model_name == "some/hub-name"
 
 
 def test_a_run_that_fails_ends_the_demo_with_its_reason(settings: Path, tmp_path: Path, capsys) -> None:

@@ -237,7 +237,13 @@ def demo_hparams(path: Path, base_method: str, model: str | None) -> SphereHyper
     changes: dict[str, Any] = {} if model is None else {"model_name": model}
     if hparams.base_method != base_method:
         changes |= {"base_method": base_method, "alpha": None}
-    return dataclasses.replace(hparams, **changes)
+    hparams = dataclasses.replace(hparams, **changes)
+    # The runs work in folders of their own, where a path relative to this one would lead elsewhere.
+    for name in ("model_name", "mom2_dataset", "stats_dir"):
+        path = Path(getattr(hparams, name) or "").expanduser()
+        if getattr(hparams, name) and (path.exists() or name == "stats_dir"):
+            setattr(hparams, name, str(path.resolve()))
+    return hparams
 
 
 def held_out(path: Path | None) -> str:
