@@ -18,16 +18,21 @@ if TYPE_CHECKING:
     from sphere_plugin.errors import CacheError, ConfigError, HostError, ModelError, RequestError, SphereError
     from sphere_plugin.geometry import PrincipalSpace, energy_change, hyperspherical_energy
     from sphere_plugin.peft import project_adapter, project_saved_adapter
-    from sphere_plugin.restraints import SphereConfig
+    from sphere_plugin.restraints import Chain, PruneConfig, RectConfig, SphereConfig
 
 __all__ = [
     "CacheError",
+    "Chain",
     "ConfigError",
     "EditingConfig",
     "Editor",
     "HostError",
     "ModelError",
     "PrincipalSpace",
+    "PruneConfig",
+    "PruneHyperParams",
+    "RectConfig",
+    "RectHyperParams",
     "RequestError",
     "SphereCallback",
     "SphereConfig",
@@ -49,12 +54,12 @@ _HOME = MappingProxyType(
     {
         "errors": ("CacheError", "ConfigError", "HostError", "ModelError", "RequestError", "SphereError"),
         "geometry": ("PrincipalSpace", "energy_change", "hyperspherical_energy"),
-        "restraints": ("SphereConfig",),
+        "restraints": ("Chain", "PruneConfig", "RectConfig", "SphereConfig"),
         "editing": ("EditingConfig", "Editor"),
         "models": ("load_model",),
         "peft": ("project_adapter", "project_saved_adapter"),
         "callback": ("SphereCallback",),
-        "easyedit.hparams": ("SphereHyperParams",),
+        "easyedit.hparams": ("PruneHyperParams", "RectHyperParams", "SphereHyperParams"),
         "easyedit.registration": ("register", "unregister"),
     }
 )

@@ -28,15 +28,8 @@ from transformers import TrainerCallback
 
 from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.geometry import is_transposed, neurons
-from sphere_plugin.peft import (
-    LayerProjection,
-    ProjectionReport,
-    check_adapter,
-    check_layer,
-    lora_layers,
-    project_layers,
-    reported,
-)
+from sphere_plugin.peft import check_adapter, check_layer, lora_layers, project_layers
+from sphere_plugin.projection import LayerProjection, ProjectionReport, reported
 from sphere_plugin.restraints import BoundRestraint, SphereConfig
 
 When = Literal["step", "end"]

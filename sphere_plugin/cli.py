@@ -38,6 +38,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--batch-size", type=int, default=20, help="facts per batch (default: 20)")
     demo.add_argument("--checkpoints", help="score all edits so far after these numbers (default: three)")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for figure, numbers and logs")
+    doctor = commands.add_parser("doctor", help="what is here, what a YAML will touch and cost, what is missing")
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("hparams", metavar="YAML", type=Path, nargs="?", help="settings of any method")
+    launch = commands.add_parser("launch", help="run an EasyEdit script as it is, with the plugin active")
+    launch.set_defaults(run=_launch)
+    launch.add_argument("--sphere", action="store_true", help="project every update, whatever the YAML says")
+    launch.add_argument("--eta", type=float, help="the same, with this cumulative ratio")
+    launch.add_argument("--alpha", type=float, help="the same, with this suppression strength")
+    launch.add_argument("script", metavar="SCRIPT", help="a path, or the name of a script in EasyEdit's examples")
+    launch.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
     adapter = commands.add_parser("project-adapter", help="write a saved LoRA adapter anew, projected")
     adapter.set_defaults(run=_project_adapter)
     adapter.add_argument("source", metavar="IN", type=Path, help="folder of the adapter, from save_pretrained")
@@ -69,6 +79,16 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _launch(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.easyedit.launch import launch
+    from sphere_plugin.restraints import SphereConfig
+
+    given = {key: getattr(arguments, key) for key in ("eta", "alpha") if getattr(arguments, key) is not None}
+    SphereConfig(**given)  # a number out of its range is told before anything is loaded
+    launch(arguments.script, arguments.arguments, {"sphere": given or True} if arguments.sphere or given else {})
+    return 0
+
+
 def _checkpoints(text: str | None, edits: int, batch_size: int) -> tuple[int, ...]:
     """The numbers in ``text``, or about a fifth, a half and all of the edits, between batches."""
     if text is None:
@@ -78,6 +98,17 @@ def _checkpoints(text: str | None, edits: int, batch_size: int) -> tuple[int, ..
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError("--checkpoints", text, "numbers with commas between them", "Write 40,100,200.") from None
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.easyedit.doctor import examine
+
+    findings = examine(arguments.hparams)
+    for one in findings:
+        print(f"{'' if one.verdict == 'ok' else one.verdict:8}{one.topic:14}{one.text}")
+    missing = sum(one.verdict == "missing" for one in findings)
+    print(f"\n{missing} thing{'s' if missing > 1 else ''} missing" if missing else "\nready")
+    return 1 if missing else 0
 
 
 def _project_adapter(arguments: argparse.Namespace) -> int:

@@ -11,17 +11,15 @@ never writes to the weight it belongs to, so `basis: current` and `pretrained` b
 
 - ``project_adapter``: write a projected LoRA beside the raw one, in a live model.
 - ``project_saved_adapter``: the same, from folder to folder.
-- ``lora_layers``, ``check_adapter``, ``check_layer``, ``project_layers``, ``reported``: what `callback.py` takes.
+- ``lora_layers``, ``check_adapter``, ``check_layer``, ``base_weight``, ``project_layers``: what others take.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,13 +32,11 @@ from sphere_plugin.errors import ConfigError, HostError, ModelError, SphereError
 from sphere_plugin.files import atomic_folder, read_json, write_json, write_tensors
 from sphere_plugin.geometry import PrincipalSpace, is_transposed, neurons
 from sphere_plugin.models import load_model
+from sphere_plugin.projection import LayerProjection, ProjectionReport, reported
 from sphere_plugin.restraints import SphereConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-_LOG = logging.getLogger("sphere_plugin")
-_PREFIX: Final = "base_model.model."  # of every layer's name in a PeftModel
 
 _PLAIN_LORA: Final = "Train a plain LoRA instead, or the full weights with SphereCallback."
 _CONVERT: Final = "Make it plain with save_pretrained(..., path_initial_model_for_weight_conversion=...)."
@@ -55,41 +51,6 @@ _PLAIN: Final[tuple[tuple[str, tuple[Any, ...], str, str], ...]] = (
     ("layer_replication", (None, []), "none: PEFT would replicate the layers again", _PLAIN_LORA),
 )
 _QUANTISED: Final = frozenset({"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"})  # PEFT's own files
-
-
-@dataclass(frozen=True)
-class LayerProjection:
-    """What the projection did to one layer.
-
-    Attributes:
-        rank: k, the number of principal directions of the layer's weight.
-        removed_share: share of the update's squared Frobenius norm that was taken away, in [0, 1].
-        energy: that squared norm before the projection; over all steps if there were several.
-    """
-
-    rank: int
-    removed_share: float
-    energy: float
-
-
-@dataclass(frozen=True)
-class ProjectionReport:
-    """What the projection did to an adapter or to trained weights.
-
-    Attributes:
-        adapter: name of the adapter that now holds the projected update; None for full weights.
-        layers: by the layer's name in the base model.
-    """
-
-    adapter: str | None
-    layers: Mapping[str, LayerProjection]
-
-    @property
-    def removed_share(self) -> float:
-        """Share of the whole update's squared norm that was taken away, in [0, 1]."""
-        energy = sum(layer.energy for layer in self.layers.values())
-        removed = sum(layer.energy * layer.removed_share for layer in self.layers.values())
-        return removed / energy if energy else 0.0
 
 
 def project_adapter(
@@ -189,16 +150,27 @@ def check_adapter(settings: Mapping[str, Any], name: str) -> None:
             raise ConfigError(f"{key} of adapter {name!r}", value, expected, remedy)
 
 
-def check_layer(title: str, layer: Any, name: str) -> None:
-    """Raise ModelError unless adapter ``name`` of a LoRA layer is s·B·A beside a floating point matrix W."""
+def check_layer(title: str, layer: Any, name: str, quantised: bool = False) -> None:
+    """Raise ModelError unless adapter ``name`` of a LoRA layer is s·B·A beside a floating point matrix W.
+
+    Args:
+        title: the layer's name, for the message.
+        layer: PEFT's.
+        name: of the adapter.
+        quantised: take bitsandbytes' layers, too, whose W is worked out from its packed form.
+    """
     kind = f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}"
     weight = getattr(layer.get_base_layer(), "weight", None)
+    known = (_peft().tuners.lora.Linear,)
+    if quantised and kind.startswith("bnb."):
+        known, weight = (type(layer),), None
+        kind = "Linear"
     narrow = isinstance(weight, Tensor) and not (weight.is_floating_point() and weight.element_size() > 1)
     if narrow or kind.partition(".")[0] in _QUANTISED:
         got = f"{getattr(weight, 'dtype', None)} in a {kind}"
         remedy = "Load the base in bfloat16 or float32, without quantization_config, and this adapter onto it."
         raise ModelError(f"the base weight of {title}", got, "floating point numbers, not quantised ones", remedy)
-    if type(layer) is not _peft().tuners.lora.Linear:
+    if type(layer) not in known:
         expected = "LoRA on nn.Linear or transformers' Conv1D; the rest has no matrix whose rows are neurons"
         raise ModelError(f"the type of {title}", kind, expected, "Leave this layer out of target_modules.")
     is_transposed(layer.get_base_layer())  # raises for what is neither
@@ -214,6 +186,20 @@ def check_layer(title: str, layer: Any, name: str) -> None:
             raise ModelError(f"{side} of {title}", "NaN or infinite entries", "finite entries", remedy)
 
 
+def base_weight(layer: Any) -> Tensor:
+    """Return W [d_out, d_in] of a LoRA layer.
+
+    Where W is stored in 4 or 8 bits it is read off the layer, W I: packed forms differ by device and by version.
+    """
+    base = layer.get_base_layer()
+    if base.weight.is_floating_point():
+        return neurons(base.weight.detach(), is_transposed(base))
+    with torch.no_grad():
+        unit = torch.eye(base.in_features, device=base.weight.device)
+        weight: Tensor = base(unit) - base(torch.zeros_like(unit[:1]))
+    return weight.T
+
+
 def project_layers(
     layers: Mapping[str, Any], name: str, config: SphereConfig
 ) -> dict[str, tuple[Tensor, LayerProjection]]:
@@ -224,10 +210,9 @@ def project_layers(
     """
     results = {}
     for title, layer in layers.items():
-        base = layer.get_base_layer()
         a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
         try:
-            space = PrincipalSpace.fit(neurons(base.weight, is_transposed(base)), config.eta, config.row_normalize)
+            space = PrincipalSpace.fit(base_weight(layer), config.eta, config.row_normalize)
         except SphereError as error:
             raise ModelError(f"{title}: {error.culprit}", error.got, error.expected, error.remedy) from error
         wide = torch.promote_types(a.dtype, torch.float32)
@@ -236,19 +221,6 @@ def project_layers(
         share, energy = space.removed_share(update, config.alpha), float(update.double().square().sum())
         results[title] = space.project(a, config.alpha), LayerProjection(space.rank, share, energy)
     return results
-
-
-def reported(adapter: str | None, layers: Mapping[str, LayerProjection]) -> ProjectionReport:
-    """Make a report, and log it: one INFO line, or a warning that there was nothing to project."""
-    report = ProjectionReport(adapter, {title.removeprefix(_PREFIX): layer for title, layer in layers.items()})
-    ranks = [layer.rank for layer in layers.values()]
-    what = "the trained weights" if adapter is None else f"adapter {adapter!r}"
-    if any(layer.energy for layer in layers.values()):
-        share, many = 100 * report.removed_share, len(layers)
-        _LOG.info("%s: %d layers, r %d to %d, %.1f %% of ΔW removed", what, many, min(ranks), max(ranks), share)
-    else:
-        _LOG.warning("%s: ΔW is zero in all %d layers; there was nothing to project", what, len(layers))
-    return report
 
 
 def _checked_layers(model: PeftModel, name: str) -> dict[str, Any]:

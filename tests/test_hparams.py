@@ -18,11 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
-from sphere_plugin.easyedit.hparams import SYNONYMS, UNUSED, SphereHyperParams
+from sphere_plugin.easyedit.blocks import nearest, read_prune, read_rect, read_sphere
+from sphere_plugin.easyedit.hparams import (
+    CLASSES,
+    SYNONYMS,
+    UNUSED,
+    PruneHyperParams,
+    RectHyperParams,
+    SphereHyperParams,
+)
 from sphere_plugin.editing import EditingConfig
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.errors import ConfigError
-from sphere_plugin.restraints import SphereConfig
+from sphere_plugin.restraints import Chain, PruneConfig, RectConfig, SphereConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "hparams" / "SPHERE"
@@ -348,6 +356,8 @@ BAD: dict[str, list[Any]] = {
     "mom2_dataset": ["", None, 5],
     "stats_dir": ["", 3],  # None is allowed
     "row_normalize": ["false", 0, None],
+    "rect": ["yes", 0, 0.4, [0.4], SphereConfig()],  # None is allowed
+    "prune": ["yes", 1, math.e, [2], RectConfig()],  # None is allowed
     "fp16": ["no", 1, None],
     "model_parallel": ["x", 1, None],
     "max_length": NO_COUNT,
@@ -468,6 +478,286 @@ def test_every_eta_and_alpha_in_range_comes_back(eta, alpha, names, block):
     hparams = SphereHyperParams.from_mapping(yaml.safe_load(written))
     assert (hparams.eta, hparams.alpha) == (eta, alpha)
     assert hparams.sphere() == hparams.editing().sphere() == SphereConfig(eta=eta, alpha=alpha)
+
+
+# ---- the blocks ----
+
+
+READERS = {
+    "sphere": lambda value: read_sphere(value, 0.7),
+    "rect": read_rect,
+    "prune": read_prune,
+}
+DEFAULTS = {"sphere": SphereConfig(alpha=0.7), "rect": RectConfig(keep=0.4), "prune": PruneConfig(base=math.e)}
+
+
+@pytest.mark.parametrize("name", READERS)
+class TestBlocks:
+    def test_true_an_empty_block_and_a_configuration_are_read(self, name):
+        assert READERS[name](True) == READERS[name]({}) == DEFAULTS[name]
+        config = {"sphere": SphereConfig(0.2, 0.3, "pretrained"), "rect": RectConfig(0.1), "prune": PruneConfig(3)}
+        assert READERS[name](config[name]) == config[name]
+
+    def test_false_is_none(self, name):
+        assert READERS[name](False) is None
+
+    @pytest.mark.parametrize("value", [None, 0, 1, 0.4, "true", "", [], [0.4], math.nan])
+    def test_anything_else_is_refused(self, name, value):
+        with pytest.raises(ConfigError) as caught:
+            READERS[name](value)
+        assert str(caught.value).startswith(f"{name}: got {value!r}, expected true, false, or a block of ")
+
+    def test_a_configuration_of_another_restraint_is_refused(self, name):
+        for other in DEFAULTS.keys() - {name}:
+            with pytest.raises(ConfigError, match=f"{name}: got "):
+                READERS[name](DEFAULTS[other])
+
+    @pytest.mark.parametrize("key", ["zeta", 3, None, ""])
+    def test_an_unknown_key_is_refused_with_a_near_one(self, name, key):
+        with pytest.raises(ConfigError) as caught:
+            READERS[name]({key: 0.5})
+        assert str(caught.value).startswith(f"{name}: got {key!r}, expected a known key. The nearest one is '")
+
+    def test_reading_leaves_a_block_alone(self, name):
+        block = {"sphere": {"cumulative_ratio": "3e-1"}, "rect": {"keep": "3e-1"}, "prune": {"base": "3e0"}}[name]
+        before = copy.deepcopy(block)
+        READERS[name](block)
+        assert block == before
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ({"eta": 0.3}, SphereConfig(eta=0.3, alpha=0.7)),
+        ({"alpha": 0.2, "basis": "pretrained"}, SphereConfig(alpha=0.2, basis="pretrained")),
+        ({"alpha": "2e-1", "eta": "3e-1"}, SphereConfig(eta=0.3, alpha=0.2)),
+        ({"row_normalize": False}, SphereConfig(alpha=0.7, row_normalize=False)),
+        ({"cumulative_ratio": 0.3, "suppression_strength": "4e-1"}, SphereConfig(eta=0.3, alpha=0.4)),
+        ({"cumulative_ratio": 0}, SphereConfig(alpha=0.0)),
+        ({"alpha": None}, SphereConfig(alpha=0.7)),
+        ({"alpha": 0}, SphereConfig(alpha=0)),
+    ],
+)
+def test_a_sphere_block_is_read_over_the_methods_alpha(block, expected):
+    assert read_sphere(block, 0.7) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "culprit"),
+    [
+        ("sphere", {"eta": 2}, "sphere.eta"),
+        ("sphere", {"eta": "much"}, "sphere.eta"),
+        ("sphere", {"alpha": -1}, "sphere.alpha"),
+        ("sphere", {"suppression_strength": 1.5}, "sphere.alpha"),
+        ("sphere", {"basis": "original"}, "sphere.basis"),
+        ("sphere", {"row_normalize": "no"}, "sphere.row_normalize"),
+        ("sphere", {"eta": 0.5, "cumulative_ratio": 0.4}, "sphere.eta"),
+        ("rect", {"keep": 0}, "rect.keep"),
+        ("rect", {"keep": True}, "rect.keep"),
+        ("prune", {"base": 1}, "prune.base"),
+        ("prune", {"base": "e"}, "prune.base"),
+    ],
+)
+def test_a_bad_value_in_a_block_is_named_with_its_block(name, block, culprit):
+    with pytest.raises(ConfigError) as caught:
+        READERS[name](block)
+    assert caught.value.culprit == culprit
+    error = refused(**{name: block})
+    assert error.culprit == culprit, "a SPHERE YAML says the same"
+    assert (error.expected, error.remedy) == (caught.value.expected, caught.value.remedy)
+
+
+def test_the_message_of_a_value_in_a_block_is_that_of_its_class():
+    with pytest.raises(ConfigError) as plain:
+        RectConfig(keep=7)
+    assert str(refused(rect={"keep": 7})) == "rect." + str(plain.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "known", "near"),
+    [("kepe", ["keep"], "keep"), ("ALPHA", ["eta", "alpha"], "alpha"), ("l2", ["L2", "lm"], "L2"), ("", ["a"], "a"),
+     ("xyz", ["alpha"], "alpha")],
+)  # fmt: skip
+def test_the_nearest_key(key, known, near):
+    assert nearest(key, known) == near
+    assert nearest(key, iter(known)) == near
+
+
+# ---- rect and prune ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "rect", "prune"),
+    [
+        ({}, None, None),
+        ({"rect": False, "prune": False}, None, None),
+        ({"rect": None, "prune": None}, None, None),
+        ({"rect": True}, RectConfig(), None),
+        ({"rect": {"keep": "25e-2"}}, RectConfig(0.25), None),
+        ({"prune": True, "rect": {"keep": 1}}, RectConfig(1), PruneConfig()),
+        ({"prune": {"base": "2e0"}}, None, PruneConfig(2.0)),
+        ({"prune": PruneConfig(3)}, None, PruneConfig(3)),
+    ],
+)
+def test_rect_and_prune_are_asked_for_in_a_sphere_yaml(changes, rect, prune):
+    hparams = made(**changes)
+    assert (hparams.rect, hparams.prune) == (rect, prune)
+    asked = [one for one in (rect, prune) if one is not None]
+    assert hparams.editing().restraint() == (Chain((*asked, SphereConfig(alpha=0.5))) if asked else hparams.sphere())
+
+
+METHODS = {"RECT": RectHyperParams, "PRUNE": PruneHyperParams}
+OWN = {"RECT": RectConfig(), "PRUNE": PruneConfig()}
+
+
+def test_each_method_has_the_class_that_errors_name():
+    classes = [SphereHyperParams, *METHODS.values()]
+    assert {cls.ALG_NAME: cls.__name__ for cls in classes} == dict(CLASSES)
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestMethods:
+    """RECT and PRUNE: MEMIT with a restraint."""
+
+    def made(self, name, **changes):
+        return METHODS[name].from_mapping({**LEAST, **changes})
+
+    def refused(self, name, **changes) -> ConfigError:
+        with pytest.raises(ConfigError) as caught:
+            self.made(name, **changes)
+        return caught.value
+
+    def test_the_least_yaml_is_memit_with_it_alone(self, name):
+        hparams = self.made(name)
+        assert (hparams.alg_name, hparams.base_method, hparams.projection) == (name, "MEMIT", "post")
+        assert (hparams.rect, hparams.prune) == ((OWN[name], None) if name == "RECT" else (None, OWN[name]))
+        assert hparams.editing().restraint() == Chain((OWN[name],))
+        assert hparams.editing().method() == f"MEMIT + {name}"
+
+    def test_what_it_does_not_say_is_as_in_sphere(self, name):
+        ours, theirs = vars(self.made(name)), vars(made())
+        apart = {"alg_name", "base_method", "projection", "alpha", name.lower()}
+        assert {key for key in ours if ours[key] != theirs[key]} == apart
+
+    @pytest.mark.parametrize(
+        ("changes", "sphere"),
+        [
+            ({}, None),
+            ({"alpha": None}, None),
+            ({"alpha": 0}, None),
+            ({"eta": 0.3}, None),
+            ({"cumulative_ratio": 0.3, "basis": "pretrained"}, None),
+            ({"sphere": False}, None),
+            ({"sphere": False, "alpha": 0}, None),
+            ({"sphere": False, "alpha": None}, None),
+            ({"sphere": None}, None),
+            ({"sphere": True}, SphereConfig(alpha=0.8)),
+            ({"sphere": {}}, SphereConfig(alpha=0.8)),
+            ({"sphere": True, "alpha": None}, SphereConfig(alpha=0.8)),
+            ({"sphere": True, "alpha": 0.3}, SphereConfig(alpha=0.3)),
+            ({"sphere": True, "suppression_strength": "3e-1"}, SphereConfig(alpha=0.3)),
+            ({"sphere": True, "cumulative_ratio": 0}, None),
+            ({"sphere": {"eta": 0.3}}, SphereConfig(eta=0.3, alpha=0.8)),
+            ({"sphere": {"alpha": 0.3, "basis": "pretrained"}}, SphereConfig(alpha=0.3, basis="pretrained")),
+            ({"sphere": {"suppression_strength": 0.3}}, SphereConfig(alpha=0.3)),
+            ({"sphere": SphereConfig(0.2, 0.4)}, SphereConfig(0.2, 0.4)),
+            ({"alpha": 0.6}, SphereConfig(alpha=0.6)),
+            ({"suppression_strength": 0.6, "cumulative_ratio": 0.4}, SphereConfig(eta=0.4, alpha=0.6)),
+        ],
+    )
+    def test_sphere_is_added_where_it_is_asked_for(self, name, changes, sphere):
+        restraint = self.made(name, **changes).editing().restraint()
+        assert restraint == Chain((OWN[name],) if sphere is None else (OWN[name], sphere))
+
+    def test_sphere_is_not_both_off_and_on(self, name):
+        assert self.refused(name, sphere=False, alpha=0.5).culprit == "alpha"
+        assert self.refused(name, sphere=False, suppression_strength=0.5).culprit == "alpha"
+
+    def test_its_own_block_sets_it(self, name):
+        block, config = ({"keep": "3e-1"}, RectConfig(0.3)) if name == "RECT" else ({"base": "2e0"}, PruneConfig(2.0))
+        assert self.made(name, **{name.lower(): block}).editing().restraint() == Chain((config,))
+        assert self.made(name, **{name.lower(): True}) == self.made(name, **{name.lower(): None}) == self.made(name)
+
+    def test_the_other_one_may_be_added(self, name):
+        hparams = self.made(name, rect=True, prune=True, sphere=True)
+        assert hparams.editing().restraint() == Chain((RectConfig(), PruneConfig(), SphereConfig(alpha=0.8)))
+
+    def test_it_cannot_be_switched_off(self, name):
+        error = self.refused(name, **{name.lower(): False})
+        assert str(error).startswith(f"{name.lower()}: got False, expected true, or a block")
+        assert "alg_name: SPHERE" in error.remedy and "alpha: 0" in error.remedy
+        with pytest.raises(ConfigError, match=f"{name.lower()}: got None"):
+            METHODS[name](**LEAST, **{name.lower(): None})
+
+    @pytest.mark.parametrize("base", ["AlphaEdit", "ROME", "memit", None])
+    def test_another_base_method_is_refused(self, name, base):
+        error = self.refused(name, base_method=base)
+        assert str(error).startswith(f"base_method: got {base!r}, expected MEMIT, which {name} builds on")
+        assert f"alg_name: SPHERE, base_method: AlphaEdit and {name.lower()}: true" in error.remedy
+
+    def test_only_its_own_name_is_taken(self, name):
+        for other in {"SPHERE", *METHODS, "FT"} - {name}:
+            error = self.refused(name, alg_name=other)
+            assert str(error).startswith(f"alg_name: got {other!r}, expected {name}. ")
+            loader = "EasyEdit's own classes" if other == "FT" else f"{other.title()}HyperParams loads {other}."
+            assert loader in error.remedy
+        assert f"{name.title()}HyperParams loads {name}." in refused(alg_name=name).remedy
+
+    def test_another_methods_yaml_is_told_apart_before_its_keys(self, name):
+        with pytest.raises(ConfigError, match="alg_name: got 'FT'"):
+            METHODS[name].from_mapping({"alg_name": "FT", "num_steps": 25})
+
+    def test_it_can_be_made_without_a_yaml(self, name):
+        assert METHODS[name](**LEAST) == self.made(name)
+        hparams = METHODS[name](**LEAST, alpha=0.8, eta=0.3, projection="in_loop")
+        assert hparams.editing().restraint() == Chain((OWN[name], SphereConfig(eta=0.3, alpha=0.8)))
+        assert hparams.projection == "in_loop"
+        assert METHODS[name](**LEAST, alpha=None).alpha == dataclasses.replace(hparams, alpha=None).alpha == 0.0
+
+    def test_what_is_written_comes_back(self, name):
+        for changes in ({}, {"sphere": {"eta": 0.3}}, {"rect": {"keep": 0.1}, "prune": {"base": 1.2}}):
+            hparams = self.made(name, **changes)
+            text = yaml.safe_dump(dataclasses.asdict(hparams))
+            assert METHODS[name].from_mapping(yaml.safe_load(text)) == hparams
+            assert METHODS[name].from_mapping(vars(hparams)) == hparams
+
+    def test_objects_come_back_as_they_are(self, name):
+        hparams = self.made(name)
+        assert SphereHyperParams.of(hparams) is METHODS[name].of(hparams) is hparams
+        with pytest.raises(ConfigError, match=f"alg_name: got 'SPHERE', expected {name}. SphereHyperParams loads"):
+            METHODS[name].of(made())
+        assert METHODS[name].of(SimpleNamespace(**LEAST, alg_name=name)) == hparams
+
+    def test_unknown_and_missing_keys_are_named_as_ever(self, name):
+        assert "'prune'" in self.refused(name, prunes=True).remedy
+        with pytest.raises(ConfigError) as caught:
+            METHODS[name].from_mapping({"alg_name": name})
+        assert sorted(caught.value.got) == sorted(LEAST)
+
+    def test_the_shipped_yaml_is_that_of_sphere_with_memit(self, name):
+        path = ROOT / "hparams" / name / "smollm2-135m.yaml"
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        hparams = METHODS[name].from_hparams(path)
+        assert {key: getattr(hparams, key) for key in written} == {**written, name.lower(): OWN[name]}
+        sphere = SphereHyperParams.from_hparams(FOLDER / "smollm2-135m")
+        wanted = dataclasses.replace(sphere, base_method="MEMIT", alpha=0.0, projection="post")
+        idle = {"alg_name": name, name.lower(): OWN[name], "nullspace_threshold": 0.02, "L2": 10.0}  # or AlphaEdit's
+        assert vars(hparams) == {**vars(wanted), **idle}
+        (commented,) = re.findall(r"(?m)^# (sphere: true)$", path.read_text(encoding="utf-8"))
+        with_sphere = METHODS[name].from_mapping({**written, **yaml.safe_load(commented)})
+        assert with_sphere.editing().method() == f"MEMIT + {name} + SPHERE" and with_sphere.alpha == 0.8
+
+    def test_its_defaults_are_documented(self, name):
+        head, *rows = [
+            [cell.strip() for cell in line.strip("|").split(" | ")]
+            for line in DOCS.read_text(encoding="utf-8").splitlines()
+            if re.match(r"\| (\||base_method|projection|rect|prune|alpha)", line)
+        ]
+        told = {row[0].partition(",")[0]: row[head.index(name)] for row in rows}
+        hparams = self.made(name)
+        assert told["base_method"].startswith("MEMIT") and told["projection"].startswith("`post`")
+        assert told[name.lower()].startswith("`{keep: 0.4}`" if name == "RECT" else "`{base: e}`")
+        assert told["alpha"].startswith(f"{hparams.alpha:g}:")
 
 
 # ---- objects ----

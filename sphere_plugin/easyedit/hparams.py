@@ -1,26 +1,47 @@
-"""SPHERE's hyper-parameters as EasyEdit passes them around: one flat object, read from one YAML."""
+"""Hyper-parameters of SPHERE, RECT and PRUNE as EasyEdit passes them around: one flat object, read from one YAML."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import yaml
 
-from sphere_plugin.editing.config import EditingConfig, check_flag, check_number, check_text
+from sphere_plugin.easyedit.blocks import SYNONYMS as SYNONYMS
+from sphere_plugin.easyedit.blocks import (
+    merged,
+    nearest,
+    numbers,
+    paper_names,
+    read_prune,
+    read_rect,
+    read_sphere,
+    sphere_keys,
+    types_of,
+)
+from sphere_plugin.editing.config import (
+    ALPHA_OF,
+    BaseMethod,
+    EditingConfig,
+    Projection,
+    check_flag,
+    check_number,
+    check_text,
+)
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.restraints import PruneConfig, RectConfig
 
 _LOG = logging.getLogger("sphere_plugin")
 
 ALG_NAME = "SPHERE"
+# The class here that holds each method's hyper-parameters.
+CLASSES = MappingProxyType({"SPHERE": "SphereHyperParams", "RECT": "RectHyperParams", "PRUNE": "PruneHyperParams"})
 
 # Keys of EasyEdit's own SPHERE and AlphaEdit YAMLs that nothing here needs, and why.
 UNUSED = MappingProxyType(
@@ -33,19 +54,20 @@ UNUSED = MappingProxyType(
         "layer_selection": "all layers are edited",
     }
 )
-# EasyEdit's names for the two numbers of the paper.
-SYNONYMS = MappingProxyType({"cumulative_ratio": "eta", "suppression_strength": "alpha"})
+
+_LOOK = "Start from a file in hparams/SPHERE, hparams/RECT or hparams/PRUNE."
 
 
 @dataclass(kw_only=True)
 class SphereHyperParams(EditingConfig):
     """Everything `BaseEditor.from_hparams` needs to edit with SPHERE.
 
-    The fields of :class:`sphere_plugin.editing.EditingConfig`, and those EasyEdit itself reads.
+    The fields of :class:`sphere_plugin.editing.EditingConfig`, and those EasyEdit itself reads. ``rect`` and ``prune``
+    are None unless asked for; a YAML has ``rect: true`` or ``rect: {keep: 0.4}``, and ``prune:`` likewise.
 
     Attributes:
         model_name: "smollm2-135m" for the model this package carries, a Hugging Face name, or a local folder.
-        alg_name: always "SPHERE".
+        alg_name: the method, :attr:`ALG_NAME`; another is refused.
         device: "cpu", "cuda:1", or a GPU's number.
         batch_size: facts per batch of ``batch_edit``; ``edit`` takes one at a time and wants 1.
         max_length: tokens EasyEdit's evaluators read of a prompt.
@@ -56,6 +78,8 @@ class SphereHyperParams(EditingConfig):
         ConfigError: an unknown key, with the nearest known one, or a value out of its range.
     """
 
+    ALG_NAME: ClassVar[str] = ALG_NAME
+
     model_name: str
     alg_name: str = ALG_NAME
     device: int | str = 0
@@ -65,8 +89,7 @@ class SphereHyperParams(EditingConfig):
     fp16: bool = False
 
     def __post_init__(self) -> None:
-        if self.alg_name != ALG_NAME:
-            raise ConfigError("alg_name", self.alg_name, ALG_NAME, "Load other methods with EasyEdit's own classes.")
+        self._check_name(self.alg_name)
         check_text("model_name", self.model_name)
         check_number("batch_size", self.batch_size, 1, whole=True)
         check_number("max_length", self.max_length, 1, whole=True)
@@ -104,7 +127,12 @@ class SphereHyperParams(EditingConfig):
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any]) -> Self:
-        """Build from the keys of a YAML, EasyEdit's own SPHERE keys among them."""
+        """Build from the keys of a YAML, EasyEdit's own SPHERE keys among them.
+
+        Raises:
+            ConfigError: see the class; of the settings in a block, named as "sphere.eta" or "rect.keep".
+        """
+        cls._check_name(content.get("alg_name", cls.ALG_NAME))
         if content.get("layer_selection", "all") != "all":
             remedy = "Name the layers to edit in layers instead."
             raise ConfigError("layer_selection", content["layer_selection"], "all, or nothing", remedy)
@@ -112,11 +140,11 @@ class SphereHyperParams(EditingConfig):
         unused = [key for key in content if key in UNUSED]
         if unused:
             _LOG.debug("not needed here: %s", "; ".join(f"{key} ({UNUSED[key]})" for key in unused))
-        types = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        values = _paper_names(_flat(_numbers(values, types), types))
+        types = types_of(cls)
+        values = _restraints(cls._lift_sphere(paper_names(numbers(values, types))))
         for key in values:
             if key not in types:
-                near = difflib.get_close_matches(str(key), [*types, *SYNONYMS, *UNUSED, "sphere"], n=1, cutoff=0.0)[0]
+                near = nearest(str(key), [*types, *SYNONYMS, *UNUSED, "sphere"])
                 raise ConfigError("hparams", key, "a known key", f"The nearest one is {near!r}; see docs/hparams.md.")
         missing = [
             field.name
@@ -131,11 +159,14 @@ class SphereHyperParams(EditingConfig):
 
     @classmethod
     def of(cls, hparams: object) -> SphereHyperParams:
-        """The same settings as ``hparams``, which may be an object of EasyEdit's own SPHERE class."""
-        if isinstance(hparams, SphereHyperParams):
+        """The same settings as ``hparams``, which may be an object of EasyEdit's own SPHERE class.
+
+        Objects of this class and of those below it are returned as they are.
+        """
+        if isinstance(hparams, cls):
             return hparams
         if not hasattr(hparams, "__dict__"):
-            raise ConfigError("hparams", hparams, "SphereHyperParams, or EasyEdit's", "Load them with from_hparams().")
+            raise ConfigError("hparams", hparams, f"{cls.__name__}, or EasyEdit's", "Load them with from_hparams().")
         return cls.from_mapping(vars(hparams))
 
     def editing(self) -> EditingConfig:
@@ -143,42 +174,126 @@ class SphereHyperParams(EditingConfig):
         names = [field.name for field in dataclasses.fields(EditingConfig)]
         return EditingConfig(**{name: copy.deepcopy(getattr(self, name)) for name in names})
 
+    @classmethod
+    def _check_name(cls, name: object) -> None:
+        if name != cls.ALG_NAME:
+            other = CLASSES.get(name) if isinstance(name, str) else None
+            remedy = f"{other} loads {name}." if other else "Load other methods with EasyEdit's own classes."
+            raise ConfigError("alg_name", name, cls.ALG_NAME, remedy)
 
-_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_LOOK = "hparams/SPHERE/ holds one for each of several models."
-
-
-def _flat(values: dict[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
-    """Lift the keys of a ``sphere:`` block, the spelling other methods use, to the top."""
-    block = values.pop("sphere", None)
-    if block is None or block is True:
-        return values
-    if not isinstance(block, Mapping):
-        raise ConfigError("sphere", block, "true, or a block of eta, alpha and basis", "See docs/hparams.md.")
-    return _merged(values, _numbers(block, types), "sphere")
-
-
-def _paper_names(values: dict[str, Any]) -> dict[str, Any]:
-    given = {SYNONYMS[key]: values.pop(key) for key in list(values) if key in SYNONYMS}
-    if given.get("eta") == 0 and given["eta"] is not False:  # EasyEdit's way of switching the projection off
-        given = {"alpha": 0.0}
-    return _merged(values, given, "cumulative_ratio and suppression_strength")
-
-
-def _merged(values: dict[str, Any], more: Mapping[str, Any], where: str) -> dict[str, Any]:
-    for key, value in more.items():
-        if values.get(key, value) != value:
-            raise ConfigError(key, (values[key], value), f"one value (the second is from {where})", "Give it once.")
-    return {**values, **more}
+    @classmethod
+    def _lift_sphere(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Lift the keys of a ``sphere:`` block, the spelling other methods use, to the top."""
+        others = {key: value for key, value in values.items() if key != "sphere"}
+        block = values.get("sphere")
+        if block is None:
+            return others
+        if block is False:
+            expected = "true, or a block of eta, alpha, basis and row_normalize"
+            raise ConfigError("sphere", block, expected, "To switch the projection off, write alpha: 0.")
+        read_sphere(block, alpha=0.0)  # an error in the block is named as one
+        return merged(others, sphere_keys(block), "sphere")
 
 
-def _numbers(values: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
-    """Read texts as numbers where a number is meant: YAML 1.1 takes 2e-2, without a point, for text."""
-    return {
-        key: float(value)
-        if isinstance(value, str)
-        and (key in SYNONYMS or "float" in types.get(key, ""))
-        and _SCIENTIFIC.fullmatch(value)
-        else value
-        for key, value in values.items()
-    }
+@dataclass(kw_only=True)
+class _RestrainedMemit(SphereHyperParams):
+    """MEMIT with a restraint of its own, and without SPHERE unless asked for."""
+
+    OWN: ClassVar[str]  # the key of the restraint that makes the method
+
+    base_method: BaseMethod = "MEMIT"
+    projection: Projection = "post"
+
+    def __post_init__(self) -> None:
+        if self.base_method != "MEMIT":
+            remedy = f"For AlphaEdit with it write alg_name: SPHERE, base_method: AlphaEdit and {self.OWN}: true."
+            raise ConfigError("base_method", self.base_method, f"MEMIT, which {self.ALG_NAME} builds on", remedy)
+        if getattr(self, self.OWN) is None:
+            raise self._bare(None)
+        if self.alpha is None:
+            self.alpha = 0.0
+        super().__post_init__()
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, Any]) -> Self:
+        """Build from the keys of a YAML; ``sphere: true``, or a block, adds SPHERE, with alpha 0.8 if it has none.
+
+        Raises:
+            ConfigError: as SphereHyperParams; or the method's own restraint is switched off.
+        """
+        if content.get(cls.OWN) is False:
+            raise cls._bare(False)
+        return super().from_mapping(content)
+
+    @classmethod
+    def _lift_sphere(cls, values: dict[str, Any]) -> dict[str, Any]:
+        asked = values.get("sphere")
+        if asked is False:
+            others = {key: value for key, value in values.items() if key != "sphere"}
+            return merged(others, {"alpha": 0.0}, "sphere")
+        lifted = super()._lift_sphere(values)
+        if asked is not None and lifted.get("alpha") is None:
+            lifted["alpha"] = dict(ALPHA_OF)["MEMIT"]
+        return lifted
+
+    @classmethod
+    def _bare(cls, value: object) -> ConfigError:
+        remedy = "Without it this is plain MEMIT: write alg_name: SPHERE, base_method: MEMIT and alpha: 0."
+        return ConfigError(cls.OWN, value, f"true, or a block, since this is {cls.ALG_NAME}", remedy)
+
+
+@dataclass(kw_only=True)
+class RectHyperParams(_RestrainedMemit):
+    """Everything `BaseEditor.from_hparams` needs to edit with RECT: MEMIT, then RECT on its updates.
+
+    The fields are those of :class:`SphereHyperParams`, with other defaults. ``projection`` is "post", because the
+    authors' code solves all layers first and applies RECT, and SPHERE after it, to what it has solved. ``alpha`` is 0,
+    so there is no SPHERE: ask for it with ``sphere: true`` in the YAML (alpha is then 0.8), or with an alpha.
+
+    Attributes:
+        alg_name: always "RECT".
+        base_method: always "MEMIT".
+        rect: RECT's settings; never None.
+
+    Raises:
+        ConfigError: as SphereHyperParams; another base method; or RECT is switched off.
+    """
+
+    ALG_NAME: ClassVar[str] = "RECT"
+    OWN: ClassVar[str] = "rect"
+
+    alg_name: str = "RECT"
+    rect: RectConfig | None = RectConfig()
+
+
+@dataclass(kw_only=True)
+class PruneHyperParams(_RestrainedMemit):
+    """Everything `BaseEditor.from_hparams` needs to edit with PRUNE: MEMIT, then PRUNE on what it has added up to.
+
+    The fields are those of :class:`SphereHyperParams`, with other defaults. ``projection`` is "post", because the
+    authors' code solves all layers first and applies PRUNE, and SPHERE after it, to what it has solved. Their PRUNE is
+    a view, though, which MEMIT never edits; this one is written, and the next batch is solved on it: see
+    :mod:`sphere_plugin.restraints.prune`. ``alpha`` is 0, so there is no SPHERE: ask for it with ``sphere: true`` in
+    the YAML (alpha is then 0.8), or with an alpha.
+
+    Attributes:
+        alg_name: always "PRUNE".
+        base_method: always "MEMIT".
+        prune: PRUNE's settings; never None.
+
+    Raises:
+        ConfigError: as SphereHyperParams; another base method; or PRUNE is switched off.
+    """
+
+    ALG_NAME: ClassVar[str] = "PRUNE"
+    OWN: ClassVar[str] = "prune"
+
+    alg_name: str = "PRUNE"
+    prune: PruneConfig | None = PruneConfig()
+
+
+def _restraints(values: dict[str, Any]) -> dict[str, Any]:
+    """Read the blocks ``rect:`` and ``prune:``; null is as good as left out."""
+    readers = {"rect": read_rect, "prune": read_prune}
+    given = {key: value for key, value in values.items() if key not in readers or value is not None}
+    return {key: readers[key](value) if key in readers else value for key, value in given.items()}

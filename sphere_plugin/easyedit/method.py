@@ -89,10 +89,12 @@ class SphereMethod:
     Attributes:
         restoring: see :data:`Restoring`.
         undo: puts EasyEdit back as it was before registration.
+        overrides: what it was registered with.
     """
 
     restoring: Restoring
     undo: Callable[[], None]
+    overrides: Mapping[str, object]
 
     def session(self) -> Session:
         """A session for one editor."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from sphere_plugin.errors import ConfigError
-from sphere_plugin.restraints.sphere import Basis, SphereConfig
+from sphere_plugin.restraints import Chain, PruneConfig, RectConfig, Restraint, SphereConfig
+from sphere_plugin.restraints.sphere import Basis
 
 BaseMethod = Literal["AlphaEdit", "MEMIT"]
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
@@ -48,8 +49,10 @@ class EditingConfig:
         alpha: α of SPHERE; None takes the paper's value for base_method. 0 is the base method without SPHERE.
         basis: see SphereConfig.
         row_normalize: see SphereConfig.
-        projection: "in_loop" projects each layer's update before the next layer is solved, as the authors do on
-            AlphaEdit; "post" solves all layers first and projects then, as the authors do on MEMIT, and EasyEdit's
+        rect: RECT before SPHERE, see RectConfig; None is without.
+        prune: PRUNE before SPHERE and after RECT, see PruneConfig; None is without.
+        projection: "in_loop" restrains each layer's update before the next layer is solved, as the authors do on
+            AlphaEdit; "post" solves all layers first and restrains then, as the authors do on MEMIT, and EasyEdit's
             own SPHERE on AlphaEdit.
         token_budget: tokens in one pass through the network; bounds memory.
         seed: of the random prefixes and of generated text.
@@ -82,6 +85,8 @@ class EditingConfig:
     alpha: float | None = None
     basis: Basis = "current"
     row_normalize: bool = True
+    rect: RectConfig | None = None
+    prune: PruneConfig | None = None
     projection: Projection = "in_loop"
     token_budget: int = 8192
     seed: int = 0
@@ -99,6 +104,8 @@ class EditingConfig:
         if self.stats_dir is not None:
             check_text("stats_dir", self.stats_dir)
         check_flag("row_normalize", self.row_normalize)
+        _check_restraint("rect", self.rect, RectConfig)
+        _check_restraint("prune", self.prune, PruneConfig)
         for name, least in (("v_num_grad_steps", 1), ("mom2_n_samples", 1), ("token_budget", 64), ("seed", 0)):
             check_number(name, getattr(self, name), least, whole=True)
         if self.v_loss_layer is not None:
@@ -116,10 +123,33 @@ class EditingConfig:
         alpha = dict(ALPHA_OF)[self.base_method] if self.alpha is None else self.alpha
         return SphereConfig(eta=self.eta, alpha=alpha, basis=self.basis, row_normalize=self.row_normalize)
 
+    def restraint(self) -> Restraint:
+        """All restraints these settings ask for: RECT, PRUNE and SPHERE, in this order (see `Chain` for why).
+
+        The projection alone where neither RECT nor PRUNE is asked for; a chain without it where alpha is 0.
+        """
+        asked: list[Restraint] = [one for one in (self.rect, self.prune) if one is not None]
+        sphere = self.sphere()
+        if not asked:
+            return sphere
+        return Chain((*asked, sphere) if sphere.alpha else asked)
+
+    def method(self) -> str:
+        """The base method with its restraints, as they are applied: "MEMIT + RECT + SPHERE"."""
+        asked = {"RECT": self.rect, "PRUNE": self.prune, "SPHERE": self.sphere().alpha}
+        return " + ".join([self.base_method, *(name for name, one in asked.items() if one)])
+
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ConfigError(name, value, "one of " + ", ".join(choices), "Check the spelling, capitals included.")
+
+
+def _check_restraint(name: str, value: object, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(
+            name, value, f"a {kind.__name__}, or None", f"Write {name}={kind.__name__}(), with the parentheses."
+        )
 
 
 def check_number(name: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:

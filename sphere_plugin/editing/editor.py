@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
+from sphere_plugin.editing.account import Touched, log_apply
 from sphere_plugin.editing.aim import Aimed, aim
 from sphere_plugin.editing.anatomy import Anatomy, Rewrite
 from sphere_plugin.editing.config import EditingConfig
@@ -40,7 +41,7 @@ PROBE: Final = MappingProxyType(
 )
 # Settings that may change between batches of one editor.
 FREE: Final = frozenset(
-    ("eta", "alpha", "basis", "row_normalize", "projection", "token_budget")
+    ("eta", "alpha", "basis", "row_normalize", "rect", "prune", "projection", "token_budget")
     + ("v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor")
 )
 # Share of an update that rounding may swallow before a warning says so.
@@ -57,7 +58,9 @@ class LayerReport:
     Attributes:
         name: the parameter.
         rank: dimension of the principal space the update was held away from; 0 without SPHERE.
-        removed_share: share of the update's squared norm that SPHERE took away.
+        removed_share: share of the update's squared norm that the restraints took away; negative where PRUNE's
+            correction of earlier updates made it longer.
+        solved_norm: Frobenius norm of the update before the restraints.
         update_norm: Frobenius norm of what was written, after rounding to the weight's dtype.
         weight_norm: Frobenius norm of the weight it was written to.
     """
@@ -65,6 +68,7 @@ class LayerReport:
     name: str
     rank: int
     removed_share: float
+    solved_norm: float
     update_norm: float
     weight_norm: float
 
@@ -118,6 +122,7 @@ class Editor:
             check_replay(self.anatomy, Padded.of([probe], self.anatomy.device))
         self._progress = progress
         self.pretrained = Snapshot.take(self.anatomy.weights)
+        self._restraint = config.restraint()
         self._restraints = self._bind()
         self._history = History(self.anatomy.weights)
         self._contexts: Contexts | None = None
@@ -165,9 +170,8 @@ class Editor:
             reader = KeyReader(self.anatomy, self.locator, facts, self.contexts, self.config.token_budget)
             reports = self._write(reader, aimed.values.T, before)
             self._history.pend({layer: reader.read(layer)[0] for layer in reader.layers})
-        report = EditReport(len(facts), tuple(reports), aimed)
-        self._log(report)
-        return report
+            self._log(reports, len(facts), before)
+        return EditReport(len(facts), tuple(reports), aimed)
 
     def reconfigure(self, config: EditingConfig) -> bool:
         """Take other settings for the batches to come, keeping all that is remembered.
@@ -180,7 +184,9 @@ class Editor:
         if any(getattr(config, name) != getattr(self.config, name) for name in kept):
             return False
         self.config = config
-        self._restraints = self._bind()
+        if config.restraint() != self._restraint:  # else they keep what they know of the pretrained weights
+            self._restraint = config.restraint()
+            self._restraints = self._bind()
         return True
 
     def restore(self) -> None:
@@ -195,22 +201,21 @@ class Editor:
         for number, layer in enumerate(reader.layers):
             keys, values = reader.read(layer)
             residuals = (targets.to(values.device) - values) / (len(reader.layers) - number)
-            weight = self.anatomy.rewrites[layer].weight.float()
-            delta = self._solver_of(layer).update(keys, residuals).to(weight.device)
-            if in_loop:
-                reports.append(self._put(layer, weight, self._restraints[layer](weight, delta)))
-            else:
+            delta = self._solver_of(layer).update(keys, residuals)
+            reports.append(self._put(layer, delta, restrain=in_loop))
+            if not in_loop:
                 updates[layer] = delta
-                self._put(layer, weight, Restrained(delta, 0.0, 0))
-        if not in_loop:
-            before.restore(self.anatomy.weights)
-            for layer, delta in updates.items():
-                weight = self.anatomy.rewrites[layer].weight.float()
-                reports.append(self._put(layer, weight, self._restraints[layer](weight, delta)))
-        return reports
+        if in_loop:
+            return reports
+        before.restore(self.anatomy.weights)
+        return [self._put(layer, delta, restrain=True) for layer, delta in updates.items()]
 
-    def _put(self, layer: int, weight: Tensor, restrained: Restrained) -> LayerReport:
+    def _put(self, layer: int, delta: Tensor, restrain: bool) -> LayerReport:
+        """Write an update [d_out, d_in], restrained or as it is."""
         rewrite = self.anatomy.rewrites[layer]
+        weight = rewrite.weight.float()
+        delta = delta.to(weight.device)
+        restrained = self._restraints[layer](weight, delta) if restrain else Restrained(delta, 0.0, 0)
         edited = (weight + restrained.delta).to(rewrite.parameter.dtype)
         if not bool(torch.isfinite(edited).all()):
             raise ModelError(
@@ -231,13 +236,13 @@ class Editor:
             name=rewrite.name,
             rank=restrained.rank,
             removed_share=restrained.removed_share,
+            solved_norm=float(delta.norm()),
             update_norm=written,
             weight_norm=weight_norm,
         )
 
     def _bind(self) -> dict[int, BoundRestraint]:
-        sphere = self.config.sphere()
-        return {layer: sphere.bind(self._pretrained_of(r)) for layer, r in self.anatomy.rewrites.items()}
+        return {layer: self._restraint.bind(self._pretrained_of(r)) for layer, r in self.anatomy.rewrites.items()}
 
     def _pretrained_of(self, rewrite: Rewrite) -> Tensor:
         return neurons(self.pretrained.tensors[rewrite.name], rewrite.transposed)
@@ -321,17 +326,10 @@ class Editor:
             for module in training:
                 module.training = True
 
-    def _log(self, report: EditReport) -> None:
-        ranks = sorted({layer.rank for layer in report.layers})
-        removed = sum(layer.removed_share for layer in report.layers) / len(report.layers)
-        change = max(layer.update_norm / layer.weight_norm for layer in report.layers)
-        _LOG.info(
-            "%s%s wrote %d facts into %d weights: r %s, %.1f %% of the update removed, change up to %.2g of a weight",
-            self.config.base_method,
-            " + SPHERE" if self.config.alpha else "",
-            report.facts,
-            len(report.layers),
-            "–".join(map(str, ranks[:: max(1, len(ranks) - 1)])),
-            100 * removed,
-            change,
-        )
+    def _log(self, reports: Sequence[LayerReport], facts: int, before: Snapshot) -> None:
+        touched: list[Touched] = []
+        for report, rewrite in zip(reports, self.anatomy.rewrites.values(), strict=True):
+            old = neurons(before.tensors[rewrite.name], rewrite.transposed)
+            share, norm = report.removed_share, report.solved_norm
+            touched.append(Touched(rewrite.name, report.rank, share, old, rewrite.weight, norm))
+        log_apply(self.config.method(), facts, touched)

@@ -1,0 +1,90 @@
+"""The post-hook for methods that train a LoRA: LoRA, DPO and QLoRA.
+
+EasyEdit goes on training the same adapter from one edit to the next. P⊥ = I − αUUᵀ is no projection where α < 1, so
+projecting A again and again would take (1 − α)ᵏ of what was learned first. Hence A P⊥ is what is evaluated and kept,
+and the raw A is put back before the next training step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sphere_plugin.editing.account import Touched, log_apply
+from sphere_plugin.journal import all_or_nothing
+from sphere_plugin.peft import base_weight, check_layer, lora_layers, project_layers
+from sphere_plugin.projection import LayerProjection
+from sphere_plugin.restraints import SphereConfig
+
+_LOG = logging.getLogger("sphere_plugin")
+
+
+@dataclass
+class AdapterSession:
+    """Restrains a method that trains a LoRA.
+
+    Attributes:
+        name: of the method.
+        method: EasyEdit's function.
+        config: the projection.
+    """
+
+    name: str
+    method: Callable[..., Any]
+    config: SphereConfig
+    _raw: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list, repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Train once, then project A; the adapter is as it was if anything raises.
+
+        Returns:
+            What the method returned; EasyEdit takes the edit back by unloading the adapter.
+
+        Raises:
+            ModelError: a layer that has no matrix whose rows are neurons, or a LoRA that ΔW = s·B·A does not describe.
+        """
+        model = next(value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))
+        with torch.no_grad(), all_or_nothing(_adapter_weights(model)):
+            for weight, raw in self._raw:
+                weight.copy_(raw)
+            with torch.enable_grad():
+                edited, returned = self.method(*args, **kwargs)
+            self._project(edited)
+        return edited, returned
+
+    def _project(self, model: nn.Module) -> None:
+        self._raw, touched = [], []
+        layers = lora_layers(model)
+        for adapter in sorted({name for layer in layers.values() for name in layer.active_adapters}):
+            chosen = {title: layer for title, layer in layers.items() if adapter in layer.r}
+            for title, layer in chosen.items():
+                check_layer(title, layer, adapter, quantised=True)
+            for title, (a, done) in project_layers(chosen, adapter, self.config).items():
+                weight = chosen[title].lora_A[adapter].weight
+                self._raw.append((weight, weight.detach().clone()))
+                if self.config.alpha:
+                    weight.copy_(a)
+                if done.energy:
+                    touched.append(_touched(title, chosen[title], adapter, done))
+        log_apply(f"{self.name} + SPHERE", None, touched)
+
+
+def _adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    inside = tuple(f"{name}.lora_" for name in lora_layers(model))
+    return {name: weight for name, weight in model.named_parameters() if name.startswith(inside)}
+
+
+def _touched(title: str, layer: Any, adapter: str, done: LayerProjection) -> Touched:
+    """The account of one layer; W + s·B·A is formed only where somebody reads it."""
+    before = after = None
+    if _LOG.isEnabledFor(logging.INFO):
+        before = base_weight(layer)
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        after = before.float() + layer.scaling[adapter] * (b.float() @ a.float())
+    return Touched(title, done.rank, done.removed_share, before, after, math.sqrt(done.energy))

@@ -1,0 +1,300 @@
+"""What is there, what a YAML will touch and cost, and what is missing: before the long work starts.
+
+The model of a YAML is built without its weights, and of those only a few that will be edited are read from disk.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from sphere_plugin.easyedit.host import Host
+from sphere_plugin.easyedit.hparams import PruneHyperParams, RectHyperParams, SphereHyperParams
+from sphere_plugin.easyedit.keys import Asked, asked_of, hparams_class, refusal
+from sphere_plugin.easyedit.methods import METHODS, OWN, Method
+from sphere_plugin.easyedit.registration import register, unregister
+from sphere_plugin.easyedit.targets import find_weights
+from sphere_plugin.errors import ConfigError, HostError, ModelError, SphereError
+from sphere_plugin.files import cache_folder, check_writable
+from sphere_plugin.geometry import PrincipalSpace, is_transposed, neurons
+from sphere_plugin.models.stored import stored_weight, structure
+from sphere_plugin.restraints import SphereConfig
+
+Verdict = Literal["ok", "note", "missing"]
+
+LIBRARIES: Final = ("torch", "transformers", "safetensors", "peft", "accelerate", "datasets")
+MEASURED: Final = 3  # weights whose principal space is found: the first, the middle, the last
+_MIB: Final = 2**20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        topic: a word or two.
+        text: what was found, and what to do if something is missing.
+        verdict: "missing" where the work cannot start.
+    """
+
+    topic: str
+    text: str
+    verdict: Verdict = "ok"
+
+
+def examine(path: Path | None = None) -> list[Finding]:
+    """Look at the machine, the libraries and EasyEdit, and at what a YAML of any method will do.
+
+    Args:
+        path: a YAML of hyper-parameters, EasyEdit's or ours; None leaves that part out.
+
+    Returns:
+        Findings in a sensible order. Nothing is raised for what is wrong: that is a finding as well.
+    """
+    findings = [*_machine(), *_libraries(), *_cache()]
+    try:
+        host = register()
+    except HostError as error:
+        return [*findings, Finding("EasyEdit", str(error), "missing")]
+    try:
+        methods = sum(1 for name in host.alg_dict if name not in OWN)
+        findings.append(Finding("EasyEdit", f"{host.describe()} {methods} methods, and {', '.join(sorted(OWN))}"))
+        if path is not None:
+            findings.extend(_settings(path, host))
+    except SphereError as error:
+        findings.append(Finding("YAML", str(error), "missing"))
+    finally:
+        unregister()
+    return findings
+
+
+# ---- the machine ----
+
+
+def _machine() -> Iterator[Finding]:
+    yield Finding("Python", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores")
+    if not torch.cuda.is_available():
+        yield Finding("devices", f"cpu only, {_size(_free('cpu'))} free; write `device: cpu`")
+    for number in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(number)
+        yield Finding("devices", f"cuda:{number}, {name}, {_size(_free(f'cuda:{number}'))} free")
+
+
+def _libraries() -> Iterator[Finding]:
+    for name in LIBRARIES:
+        if importlib.util.find_spec(name) is None:
+            yield Finding(name, 'not installed; it comes with `pip install "sphere-plugin[easyedit]"`', "missing")
+        else:
+            yield Finding(name, importlib.metadata.version(name))
+
+
+def _cache() -> Iterator[Finding]:
+    folder = cache_folder()
+    try:
+        check_writable(folder / "probe")
+    except SphereError as error:
+        yield Finding("cache", str(error), "missing")
+    else:
+        yield Finding("cache", str(folder))
+
+
+def _free(device: str) -> int | None:
+    """Bytes that are free on a device; None where nobody says."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "an unknown amount"
+    return f"{count / _MIB:.1f} MiB" if count < 1024 * _MIB else f"{count / _MIB / 1024:.1f} GiB"
+
+
+# ---- a YAML ----
+
+
+def _settings(path: Path, host: Host) -> Iterator[Finding]:
+    hparams = load_any(path, host)
+    name = hparams.alg_name
+    asked = asked_of(hparams) if name not in OWN else None
+    yield Finding("method", _method(name, asked), "ok" if asked or name in OWN else "note")
+    if asked is not None:
+        refused = refusal(name, asked)
+        if refused is not None:
+            yield Finding("restraint", str(refused), "missing")
+            return
+    what = METHODS.get(name, Method("nothing"))
+    if what.writes == "base":
+        hparams = hparams.base_hparams
+        what = METHODS[hparams.alg_name]
+    if what.writes == "nothing":
+        return
+    if getattr(hparams, "lora_type", None) == "adalora":
+        yield Finding("lora_type", "adalora needs a total_step, which EasyEdit does not pass; write lora", "missing")
+    model = structure(hparams.model_name)
+    yield Finding("model", f"{hparams.model_name}: {type(model).__name__}, {_count(model) / 1e6:.0f} M parameters")
+    yield from _modules(model, hparams)
+    weights = _touched(model, hparams, what)
+    yield Finding("weights", f"{len(weights)} may be changed: {', '.join(_ends(list(weights)))}")
+    sphere = asked.sphere if asked is not None else hparams.sphere() if name in OWN else None
+    half = bool(getattr(hparams, "fp16", False))
+    yield from _cost(model, weights, hparams, half)
+    if sphere is not None and sphere.alpha:
+        yield from _measured(model, hparams.model_name, list(weights), sphere)
+
+
+def load_any(path: Path, host: Host) -> Any:
+    """Load a YAML with the class of the method that it names.
+
+    Raises:
+        ConfigError: no file, no YAML, no ``alg_name``, or a method that the host does not have.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "hparams", str(path), f"a YAML file that can be read ({error})", "Check the path."
+        ) from error
+    name = (content.get("alg_name") or content.get("alg")) if isinstance(content, Mapping) else None
+    known = sorted({*host.alg_dict, *OWN})
+    for own in (SphereHyperParams, RectHyperParams, PruneHyperParams):
+        if name == own.ALG_NAME:
+            return own.from_hparams(path)
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+        raise ConfigError("alg_name", name, "a method of EasyEdit", f"The nearest one is {near!r}.")
+    errors: list[Exception] = []
+    for kind in _classes(host, str(name)):
+        try:
+            return kind.from_hparams(str(path))
+        except SphereError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever EasyEdit's loaders raise
+            errors.append(error)
+    raise ConfigError("hparams", str(path), f"keys that {name} takes ({errors[-1]})", "Compare with EasyEdit's YAMLs.")
+
+
+def _classes(host: Host, name: str) -> list[Any]:
+    """The classes of hyper-parameters in the package that a method comes from, the plainest name first."""
+    module = inspect.getmodule(inspect.unwrap(host.alg_dict[name]))
+    package = getattr(module, "__name__", "").rpartition(".")[0]
+    found: list[Any] = []
+    waiting: list[Any] = list(hparams_class().__subclasses__())
+    while waiting:
+        kind = waiting.pop()
+        waiting.extend(kind.__subclasses__())
+        if kind.__module__.startswith(f"{package}."):
+            found.append(kind)
+    return sorted(found, key=lambda kind: len(kind.__name__))
+
+
+def _method(name: str, asked: Asked | None) -> str:
+    if name in OWN:
+        return f"{name}, our own editor"
+    if asked is None:
+        return f"{name} as EasyEdit has it; `sphere: true` in the YAML would project its updates"
+    return f"{name} + {asked.label}"
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _ends(names: list[str]) -> list[str]:
+    return names if len(names) <= 2 * MEASURED else [*names[:MEASURED], "...", *names[-MEASURED:]]
+
+
+def _modules(model: nn.Module, hparams: Any) -> Iterator[Finding]:
+    """Whether the modules that the settings name are in the model."""
+    known = [name for name, _ in model.named_modules() if name]
+    for key, value in sorted(vars(hparams).items()):
+        if not (key.endswith(("_module_tmp", "_module", "_module_tmps")) and value):
+            continue
+        for template in [value] if isinstance(value, str) else value:
+            path = template.format(next(iter(getattr(hparams, "layers", [0])), 0)).removesuffix(".weight")
+            if path not in known:
+                near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
+                yield Finding(key, f"{path} is not in the model; the nearest is {near}", "missing")
+
+
+def _touched(model: nn.Module, hparams: Any, what: Method) -> dict[str, nn.Parameter]:
+    if what.writes != "adapter":
+        return find_weights(model, hparams, what if what.names else METHODS["MEMIT"])
+    targets, layers = hparams.target_modules, getattr(hparams, "layers", [])
+    ends = tuple(f".{one}" for one in ([targets] if isinstance(targets, str) else targets))
+    chosen = {}
+    for name, module in model.named_modules():
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        if name.endswith(ends) and (not layers or any(number in layers for number in numbers)):
+            chosen[f"{name}.weight"] = module.weight
+    if not chosen:
+        remedy = "Write the last part of module names, as model.named_modules() has them."
+        raise ModelError("target_modules", targets, "modules of the model", remedy)
+    return chosen
+
+
+def _cost(model: nn.Module, weights: Mapping[str, Tensor], hparams: Any, half: bool) -> Iterator[Finding]:
+    """Bytes: the model, a copy of what may change, and the largest weight's arithmetic in float32."""
+    width = 2 if half else 4
+    copies = width * sum(weight.numel() for weight in weights.values())
+    largest = max(weights.values(), key=lambda weight: weight.numel())
+    # W, its rows at unit length, ΔW and ΔW'; the Gram matrix of the smaller side, its vectors, and LAPACK's copy.
+    work = 4 * (4 * largest.numel() + 3 * min(largest.shape) ** 2)
+    whole = width * _count(model)
+    device = _device(getattr(hparams, "device", "cpu"))
+    free = _free(device) if device == "cpu" or torch.cuda.is_available() else None
+    text = (
+        f"{'float16' if half else 'float32'}: model {_size(whole)}, copies for undo {_size(copies)}, "
+        f"projection {_size(work)}, on {device} with {_size(free)} free; the method's own work comes on top"
+    )
+    if device != "cpu" and not torch.cuda.is_available():
+        yield Finding("device", f"{device} is not on this machine; write `device: cpu`", "missing")
+    short = free is not None and whole + copies + work > free
+    yield Finding("memory", text + ("; too little: use fp16, model_parallel or a smaller model" if short else ""),
+                  "missing" if short else "ok")  # fmt: skip
+
+
+def _device(device: object) -> str:
+    return f"cuda:{device}" if str(device).isdigit() else str(device)
+
+
+def _measured(model: nn.Module, name: str, weights: list[str], sphere: SphereConfig) -> Iterator[Finding]:
+    """r, the share of an update without a direction of its own that goes, and the time, of a few of the weights."""
+    chosen = sorted({0, len(weights) // 2, len(weights) - 1})
+    ranks, shares, seconds = [], [], []
+    for number in chosen:
+        stored = stored_weight(name, weights[number])
+        if stored is None:
+            yield Finding("projection", "r is not measured: the weights are not in safetensors files here", "note")
+            return
+        weight = neurons(stored, is_transposed(model.get_submodule(weights[number].removesuffix(".weight"))))
+        start = time.perf_counter()
+        space = PrincipalSpace.fit(weight, sphere.eta, sphere.row_normalize)
+        space.project(weight.float(), sphere.alpha)
+        seconds.append(time.perf_counter() - start)
+        ranks.append(space.rank)
+        shares.append(sphere.alpha * (2 - sphere.alpha) * space.rank / weight.shape[1])
+    text = (
+        f"η {sphere.eta:g}, α {sphere.alpha:g}: r {min(ranks)} to {max(ranks)} of {weight.shape[1]} directions; of an "
+        f"update without a direction of its own, {100 * min(shares):.1f} to {100 * max(shares):.1f} % go; "
+        f"{len(weights) * sum(seconds) / len(seconds):.2g} s per apply on this CPU "
+        f"(measured on {len(chosen)} of {len(weights)} weights)"
+    )
+    yield Finding("projection", text)

@@ -1,0 +1,182 @@
+"""The post-hook: run a method of EasyEdit as it is, then write its update again, restrained.
+
+    before = copies of the weights the method may write        after = what it wrote
+    W ← before + restrain(before, after − before)
+
+What a method returns as its old weights is not relied on: some return none, some those of another moment. The copies
+made here are returned instead, so that every edit can be undone.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from sphere_plugin.easyedit.adapters import AdapterSession
+from sphere_plugin.easyedit.keys import KEYS, Asked, asked_of, hparams_class, refusal
+from sphere_plugin.easyedit.methods import METHODS, Method
+from sphere_plugin.easyedit.standins import PACKAGE
+from sphere_plugin.easyedit.targets import unrestrained_writes, weights_of
+from sphere_plugin.editing.account import Touched, log_apply
+from sphere_plugin.errors import ModelError
+from sphere_plugin.geometry.neurons import is_transposed, neurons
+from sphere_plugin.journal import Snapshot, all_or_nothing
+from sphere_plugin.restraints import BoundRestraint
+
+Apply = Callable[..., Any]
+SESSION: Final = "_sphere_session"  # on the hyper-parameters that SimIE keeps for its base method
+
+
+class Hooked:
+    """The entry of one method in EasyEdit's table while the plugin is registered.
+
+    Called from outside an editor it looks at the hyper-parameters of this one call. An editor asks for a session,
+    which remembers what restraints need from one edit to the next; without restraints that is the method itself.
+    """
+
+    def __init__(self, name: str, method: Apply) -> None:
+        self.name = name
+        self.method = method
+        functools.update_wrapper(self, method)
+
+    def session(self, hparams: object, repairs: bool = False) -> Apply:
+        """Return what an editor with these hyper-parameters calls to edit.
+
+        Args:
+            hparams: with or without the keys of :mod:`sphere_plugin.easyedit.keys`.
+            repairs: whether to return old weights where they are asked for and the method forgets them.
+
+        Raises:
+            ConfigError: a value that means nothing, or a method with nothing to restrain.
+        """
+        asked = asked_of(hparams)
+        if asked is None:
+            return self.method
+        refused = refusal(self.name, asked)
+        if refused is not None:
+            raise refused
+        what = METHODS[self.name]
+        if what.writes == "base":
+            _hand_on(hparams)
+            return self.method
+        if asked.sphere is not None and what.writes == "adapter":
+            return AdapterSession(self.name, self.method, asked.sphere)
+        return WeightSession(self.name, what, _own_executor(self.method), asked, repairs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Edit once, as the hyper-parameters among the arguments ask."""
+        hparams = _argument(hparams_class(), args, kwargs)
+        session = getattr(hparams, SESSION, None) or self.session(hparams)
+        return session(*args, **kwargs)
+
+
+def _hand_on(hparams: Any) -> None:
+    """Let the base method of SimIE be restrained: what is written after it, SimIE replaces with its own at each edit.
+
+    SimIE looks its base method up in EasyEdit's table, so the session waits on the base method's hyper-parameters.
+    """
+    base, table = hparams.base_hparams, sys.modules[f"{PACKAGE}.util.alg_dict"].ALG_DICT
+    for key in KEYS:
+        setattr(base, key, getattr(hparams, key, False))
+    setattr(base, SESSION, table[hparams.base_method].session(base, repairs=True))
+
+
+def _own_executor(method: Apply) -> Apply:
+    """MEND and ULTRAEDIT keep the first model they see in one object that all editors share: make one of our own."""
+    owner = getattr(method, "__self__", None)
+    return method if owner is None else getattr(type(owner)(), method.__name__)
+
+
+def _argument(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The argument of this type: methods differ in the names and the order of theirs."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, kind)), None)
+
+
+@dataclass
+class WeightSession:
+    """Restrains a method that writes weights.
+
+    Attributes:
+        name: of the method.
+        what: what it writes.
+        method: EasyEdit's function.
+        asked: the restraints.
+        repairs: see `Hooked.session`.
+    """
+
+    name: str
+    what: Method
+    method: Apply
+    asked: Asked
+    repairs: bool
+    _bound: dict[str, BoundRestraint] = field(default_factory=dict, repr=False)
+    _model: nn.Module | None = field(default=None, repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Edit once; weights are as they were if anything raises.
+
+        Returns:
+            The edited model, and what EasyEdit restores: the weights by name, or a function that restores them.
+
+        Raises:
+            ModelError: a weight that is not there, is quantised or offloaded, or an update that is not finite.
+        """
+        model = _argument(nn.Module, args, kwargs)
+        weights = weights_of(model, _argument(hparams_class(), args, kwargs), self.what)
+        if self._model is not model:
+            self._bound, self._model = {}, model
+        with all_or_nothing(weights) as before:
+            strays = unrestrained_writes(model, weights)
+            edited, returned = self.method(*args, **kwargs)
+            strays.warn(self.name)
+            with torch.no_grad():
+                touched = [self._restrain(edited, name, old) for name, old in before.tensors.items()]
+            log_apply(f"{self.name} + {self.asked.label}", None, [one for one in touched if one is not None])
+        return edited, self._undo(weights, before, returned, bool(kwargs.get("return_orig_weights")))
+
+    def _restrain(self, edited: nn.Module, name: str, old: Tensor) -> Touched | None:
+        """Write one weight again, restrained; None if the method left it as it was, or it is not a matrix."""
+        live = edited.get_parameter(name).detach()
+        old = old.to(live.device, live.dtype)  # ULTRAEDIT can cast the model before it edits it
+        if torch.equal(live, old):
+            return None
+        owner = edited.get_submodule(name.rpartition(".")[0])
+        if live.dim() != 2:
+            return None  # a bias has no neurons
+        transposed = is_transposed(owner)
+        written, wide = neurons(live, transposed), torch.promote_types(live.dtype, torch.float32)
+        weight = neurons(old, transposed).to(wide)
+        delta = written.to(wide) - weight
+        _check_finite(delta, name, self.name)
+        if name not in self._bound:
+            self._bound[name] = self.asked.restraint.bind(weight)
+        restrained = self._bound[name](weight, delta)
+        # What the restraint let through stays as the method wrote it, to the last bit.
+        kept = torch.where(restrained.delta == delta, written, (weight + restrained.delta).to(live.dtype))
+        _check_finite(kept, name, f"{self.name} + {self.asked.label}")
+        written.copy_(kept)
+        before, size = neurons(old, transposed), float(delta.norm())
+        return Touched(name, restrained.rank, restrained.removed_share, before, written, size)
+
+    def _undo(self, weights: Mapping[str, Tensor], before: Snapshot, returned: Any, asked: bool) -> Any:
+        """What the method was to return as the old weights, made from our own copies."""
+        if self.what.undo == "call":
+            return functools.partial(before.restore, weights)
+        return dict(before.tensors) if returned or (asked and self.repairs) else {}
+
+
+def _check_finite(matrix: Tensor, name: str, method: str) -> None:
+    bad = matrix.numel() - int(torch.isfinite(matrix).sum())
+    if bad:
+        raise ModelError(
+            f"{method}'s update of {name}",
+            f"NaN or infinite in {bad} of {matrix.numel()} entries",
+            "finite numbers",
+            "The weights are as before this edit. Lower the method's learning rate, or load the model in float32.",
+        )

@@ -1,0 +1,182 @@
+"""What the plugin adds to EasyEdit's editors when one is made, and before it edits."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from sphere_plugin.easyedit.hook import Hooked
+from sphere_plugin.easyedit.host import Host
+from sphere_plugin.easyedit.keys import asked_of, refusal
+from sphere_plugin.easyedit.method import SphereMethod
+from sphere_plugin.easyedit.methods import METHODS, OWN
+from sphere_plugin.easyedit.patches import Patches
+from sphere_plugin.easyedit.standins import PACKAGE
+from sphere_plugin.editing.requests import read_requests
+from sphere_plugin.errors import ConfigError, RequestError
+from sphere_plugin.models import load_model, resolve_model
+from sphere_plugin.models.embedded import EMBEDDED_NAME
+
+# EasyEdit's other editors, each in the module of that name.
+TEXT_EDITORS: Final = (("concept_editor", "ConceptEditor"), ("safety_editor", "SafetyEditor"))
+OTHER_EDITORS: Final = (("multimodal_editor", "MultimodalEditor"), ("per_editor", "PerEditor"))
+
+
+def open_editors(host: Host, patches: Patches) -> None:
+    """Change how EasyEdit's editors are made, and how BaseEditor reads requests for the methods that are ours."""
+    base = host.base_editor
+    patches.attribute(base, "__init__", _opening(vars(base)["__init__"], repairs=host.kind == "main"))
+    for name in ("edit", "batch_edit"):
+        patches.attribute(base, name, _checked(getattr(base, name), host.kind))
+    for editor in _editors(TEXT_EDITORS):
+        patches.attribute(editor, "__init__", _opening(vars(editor)["__init__"], repairs=False))
+    for editor in _editors(OTHER_EDITORS):
+        patches.attribute(editor, "__init__", _refusing(vars(editor)["__init__"]))
+
+
+def _editors(names: Sequence[tuple[str, str]]) -> Iterator[type]:
+    for module, name in names:
+        editor = getattr(sys.modules.get(f"{PACKAGE}.editors.{module}"), name, None)
+        if editor is not None:
+            yield editor
+
+
+# ---- when an editor is made ----
+
+
+def _opening(original: Callable[..., None], repairs: bool) -> Callable[..., None]:
+    """``__init__`` of an editor of text: a session of its own for what it calls to edit.
+
+    The host chooses its loader, and the tokenizer's class, by words in the model's name or path: a folder called
+    "t5" or "gpt" anywhere above the model decides. For the methods that are ours, and for the embedded model, the
+    model is loaded by what it is and handed over ready-made.
+    """
+
+    @functools.wraps(original)
+    def init(self: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
+        alg_name = getattr(hparams, "alg_name", None)
+        restrained = alg_name not in OWN and asked_of(hparams) is not None
+        if restrained:
+            _check_possible(self, hparams)
+        if alg_name in OWN or getattr(hparams, "model_name", None) == EMBEDDED_NAME:
+            _open_loaded(original, self, hparams, *args, **kwargs)
+        else:
+            original(self, hparams, *args, **kwargs)
+        if isinstance(self.apply_algo, SphereMethod):
+            self.apply_algo = self.apply_algo.session()
+            self.apply_algo.open(self.model, self.tok, hparams)
+        elif isinstance(self.apply_algo, Hooked):
+            if restrained and METHODS[self.apply_algo.name].reads_right:
+                self.tok.padding_side = "right"  # the host forgets PMET
+            self.apply_algo = self.apply_algo.session(hparams, repairs)
+
+    return init
+
+
+def _check_possible(editor: Any, hparams: Any) -> None:
+    """Refuse what cannot be restrained before a model is loaded."""
+    entry = sys.modules[f"{PACKAGE}.util.alg_dict"].ALG_DICT.get(hparams.alg_name)
+    asked = asked_of(hparams)
+    if isinstance(entry, Hooked) and asked is not None:
+        refused = refusal(entry.name, asked)
+        if refused is not None:
+            raise refused
+
+
+def _open_loaded(original: Callable[..., None], editor: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
+    """Make the editor with a model that is loaded already; what words in its name decide is decided here."""
+    name = hparams.model_name
+    if isinstance(name, str):
+        dtype = torch.float16 if getattr(hparams, "fp16", False) else torch.float32
+        device_map = "auto" if getattr(hparams, "model_parallel", False) else None
+        hparams.model_name = load_model(name, dtype=dtype, device_map=device_map)
+    try:
+        original(editor, hparams, *args, **kwargs)
+    finally:
+        hparams.model_name = name
+    # The evaluators and some methods look for words in the name as well.
+    if hparams.alg_name in OWN:
+        editor.model_name = type(editor.model).__name__
+    else:
+        editor.model_name = hparams.model_name = Path(resolve_model(name)).name
+    editor.tok.padding_side = "right" if METHODS[hparams.alg_name].reads_right else "left"
+    if editor.tok.pad_token is None:
+        editor.tok.pad_token = editor.tok.eos_token
+    editor.model.eval()
+
+
+def _refusing(original: Callable[..., None]) -> Callable[..., None]:
+    """``__init__`` of an editor of images or of personality, which the hook does not reach."""
+
+    @functools.wraps(original)
+    def init(self: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
+        asked = asked_of(hparams)
+        if asked is not None:
+            remedy = "Take the key out of the YAML, or edit text with BaseEditor."
+            raise ConfigError(asked.label, type(self).__name__, "an editor of facts in text", remedy)
+        original(self, hparams, *args, **kwargs)
+
+    return init
+
+
+# ---- before it edits ----
+
+
+def _checked(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """BaseEditor.edit and batch_edit: for our methods, requests are checked before the first of them is scored."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.alg_name not in OWN:
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        more = {**given.arguments, **given.arguments.get("kwargs", {})}
+        if more.get("requests") is None:
+            facts = read_requests(_requests(more["prompts"], more["target_new"], more.get("subject")))
+            written = [fact.prompt for fact in facts]  # the host wants subjects written out
+            given.arguments["prompts"] = written[0] if isinstance(more["prompts"], str) else written
+        else:
+            read_requests(more["requests"])
+        if kind == "pypi":
+            _as_pypi_says(given.arguments)
+        return original(*given.args, **given.kwargs)
+
+    return call
+
+
+def _as_pypi_says(arguments: dict[str, Any]) -> None:
+    """Put arguments that main reads, and the 2023 release swallows or trips over, into that release's words."""
+    extra = arguments.get("kwargs", {})
+    if "sequential_edit" in extra:
+        arguments["keep_original_weight"] = not extra.pop("sequential_edit")
+    # Its batch_edit hands its locality_prompts on as locality_inputs, and locality_ground_truth as portability_inputs.
+    for ours, theirs in (("locality_inputs", "locality_prompts"), ("portability_inputs", "locality_ground_truth")):
+        if ours in extra:
+            arguments[theirs] = extra.pop(ours)
+
+
+def _requests(prompts: Any, targets: Any, subjects: Any) -> list[dict[str, Any]]:
+    columns = {"prompts": _column(prompts), "target_new": _column(targets), "subject": _column(subjects)}
+    count = len(columns["prompts"])
+    for name, column in columns.items():
+        if len(column) != count:
+            raise RequestError(
+                name, f"{len(column)} entries", f"one for each of the {count} prompts", "All three lists are needed."
+            )
+    return [
+        {"prompt": prompt, "target_new": target, "subject": subject}
+        for prompt, target, subject in zip(*columns.values(), strict=True)
+    ]
+
+
+def _column(values: Any) -> Sequence[Any]:
+    if values is None:
+        return []
+    return values if isinstance(values, Sequence) and not isinstance(values, str) else [values]

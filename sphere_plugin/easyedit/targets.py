@@ -1,0 +1,113 @@
+"""Which weights of a live model a method may write, found before it does so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sphere_plugin.easyedit.methods import Method
+from sphere_plugin.errors import ModelError
+from sphere_plugin.geometry.neurons import is_transposed
+
+_LOG = logging.getLogger("sphere_plugin")
+
+
+def weights_of(model: nn.Module, hparams: Any, what: Method) -> dict[str, nn.Parameter]:
+    """Return every parameter the method may write, by name; it need not write them all.
+
+    Args:
+        model: about to be edited.
+        hparams: of the method.
+        what: the method's row of the table.
+
+    Raises:
+        ModelError: none of the model's weights is meant, or one of them is quantised or not in memory.
+    """
+    weights = find_weights(model, hparams, what)
+    for name, weight in weights.items():
+        _check_writable(name, weight)
+    return weights
+
+
+def find_weights(model: nn.Module, hparams: Any, what: Method) -> dict[str, nn.Parameter]:
+    """The same of a model whose weights need not be in memory.
+
+    Raises:
+        ModelError: none of the model's weights is meant.
+    """
+    names = set(_feed_forward_outputs(model) if what.names == "ffn" else _named(model, hparams, what.names))
+    weights = {name: weight for name, weight in model.named_parameters() if name in names}
+    if not weights:
+        got = getattr(hparams, str(what.names), None)
+        remedy = "Write module names as model.named_modules() has them; `sphere doctor YAML` checks them."
+        raise ModelError(str(what.names), got, "names of modules in the model", remedy)
+    return weights
+
+
+def _named(model: nn.Module, hparams: Any, key: str | None) -> Iterator[str]:
+    """Parameters that the hyper-parameter ``key`` names.
+
+    Some methods take a template for the layer's module, some for its weight, and FT takes any part of a name: to look
+    for the text in the name covers all of them.
+    """
+    given = getattr(hparams, str(key))
+    if key == "inner_params":  # ULTRAEDIT strips ".weight" from the list while it runs
+        wanted = {one.removesuffix(".weight") for one in given}
+        yield from (name for name, _ in model.named_parameters() if name.removesuffix(".weight") in wanted)
+        return
+    templates = [given] if isinstance(given, str) else list(given)
+    parts = {template.format(layer) for template in templates for layer in hparams.layers}
+    yield from (name for name, _ in model.named_parameters() if any(part in name for part in parts))
+
+
+def _feed_forward_outputs(model: nn.Module) -> Iterator[str]:
+    """Weights of linear layers from a wider inside to the model's width: [hidden_size, d_in > hidden_size]."""
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+            try:
+                transposed = is_transposed(module)
+            except ModelError:
+                continue  # no linear layer
+            d_out, d_in = reversed(weight.shape) if transposed else weight.shape
+            if d_out == width and d_in > d_out:
+                yield f"{name}.weight"
+
+
+def _check_writable(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        remedy = "Load the model so that the edited layers fit into memory: more GPUs, a smaller dtype, or the CPU."
+        raise ModelError(name, "offloaded: its values are not in memory", "a weight in memory", remedy)
+    if not weight.is_floating_point():
+        remedy = "Load the model without quantization_config; quantised models can be edited through LoRA."
+        raise ModelError(name, f"numbers of {weight.dtype}", "floating point numbers", remedy)
+
+
+@dataclass(frozen=True)
+class StrayWrites:
+    """The parameters that should not be written, with the counts of writes that torch keeps of each."""
+
+    counts: Mapping[str, tuple[Tensor, int]]
+
+    def warn(self, method: str) -> None:
+        """Log a warning if any of them was written since."""
+        strays = [name for name, (weight, count) in self.counts.items() if weight._version != count]
+        if strays:
+            shown = ", ".join(strays[:3]) + (", ..." if len(strays) > 3 else "")
+            _LOG.warning(
+                "%s also wrote %d weights its settings do not name (%s): these are not restrained, nor undone",
+                method,
+                len(strays),
+                shown,
+            )
+
+
+def unrestrained_writes(model: nn.Module, weights: Mapping[str, Tensor]) -> StrayWrites:
+    """Watch all parameters of ``model`` but ``weights``."""
+    others = {name: one for name, one in model.named_parameters() if name not in weights and not one.is_inference()}
+    return StrayWrites({name: (one, one._version) for name, one in others.items()})
