@@ -151,7 +151,7 @@ def _settings(path: Path, host: Host) -> Iterator[Finding]:
     model = structure(hparams.model_name)
     yield Finding("model", f"{hparams.model_name}: {type(model).__name__}, {_count(model) / 1e6:.0f} M parameters")
     yield from _modules(model, hparams)
-    weights = _touched(model, hparams, what)
+    weights = {name: weight for name, weight in _touched(model, hparams, what).items() if weight.dim() == 2}
     yield Finding("weights", f"{len(weights)} may be changed: {', '.join(_ends(list(weights)))}")
     sphere = asked.sphere if asked is not None else hparams.sphere() if name in OWN else None
     half = bool(getattr(hparams, "fp16", False))
