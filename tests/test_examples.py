@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,80 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def run(*command: str) -> str:
+    """What an example prints, run as its first lines say."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def test_examples_are_short_and_all_of_them_are_run_here() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 60, path.name
+        assert f'"examples/{path.name}"' in source, f"{path.name} is not run by a test"
+
+
 @pytest.mark.slow
 @pytest.mark.keeps_cache
 def test_the_first_edit_prints_what_the_readme_says() -> None:
-    done = subprocess.run(
-        [sys.executable, "examples/first_edit.py"], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = [line for line in done.stdout.splitlines() if line.startswith("The capital of")]
+    said = [line for line in run("examples/first_edit.py").splitlines() if line.startswith("The capital of")]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(said) == 3
     for line in said:
         assert f"# {line}" in readme
     assert "Vienna" not in said[0]
     assert "Vienna" in said[1]
+
+
+@pytest.mark.keeps_cache
+def test_rome_with_sphere() -> None:
+    said = run("examples/rome_sphere.py")
+    assert said.count("ROME + SPHERE changed 1 weight: r 1") == 3
+    assert re.search(r"Australia is (?!Vienna).* -> .*Australia is Vienna", said)
+    assert re.search(r"Eiffel Tower is in the city of (?!Rome).* -> .*city of Rome", said)
+
+
+@pytest.mark.keeps_cache
+def test_a_yaml_alone() -> None:
+    said = run("-m", "sphere_plugin", "launch", "examples/yaml_only.py")
+    assert "The capital of Australia is Vienna" in said
+    assert "ROME + SPHERE changed 1 weight" in said
+
+
+@pytest.mark.slow
+@pytest.mark.keeps_cache
+def test_rect() -> None:
+    said = run("examples/rect.py")
+    for method in ("MEMIT + RECT wrote", "MEMIT + RECT + SPHERE wrote", "ROME + RECT changed"):
+        assert said.count(method) == 1
+    assert said.count("says: The capital of Australia is Vienna") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.keeps_cache
+def test_memit_sequentially() -> None:
+    scores = re.findall(
+        r"^(MEMIT(?: \+ SPHERE)?) +60 edits: ([01]\.\d\d) still said", run("examples/memit_sequential.py"), re.M
+    )
+    assert [name for name, _ in scores] == ["MEMIT", "MEMIT + SPHERE"]
+    assert all(float(kept) > 0.3 for _, kept in scores)
+
+
+@pytest.mark.keeps_cache
+def test_a_projected_lora() -> None:
+    raw, projected = run("examples/project_lora.py").split("default-sphere:")
+    assert re.search(r"\d+ layers, \d+\.\d% of the update removed", raw)
+    assert "Vienna" in raw
+    assert "Vienna" in projected
+
+
+@pytest.mark.keeps_cache
+def test_fine_tuning_with_the_callback() -> None:
+    said = run("examples/finetune_with_callback.py")
+    assert "Vienna" in said
 
 
 def test_the_readme_shows_the_example() -> None:
