@@ -151,7 +151,7 @@ def _override(hparams: Any, key: str, value: object) -> None:
 def refusal(name: str, asked: Asked) -> ConfigError | None:
     """The reason why ``asked`` is impossible for the method ``name``, or None if it is possible."""
     method, culprit = METHODS.get(name), f"{asked.label} on {name}"
-    drop = "Take the key out of the YAML, or choose a method that writes weights; docs/methods.md lists them."
+    drop = "Take the key out of the YAML, or --sphere off the command; docs/methods.md has what writes weights."
     if method is None:
         return ConfigError(culprit, "an unknown method", "one of EasyEdit's that docs/methods.md lists", drop)
     if method.writes == "nothing":

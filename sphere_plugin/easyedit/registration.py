@@ -6,7 +6,6 @@ import functools
 import logging
 import sys
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from sphere_plugin.easyedit.hook import Hooked
 from sphere_plugin.easyedit.host import Host, load_host
@@ -21,7 +20,7 @@ from sphere_plugin.easyedit.standins import PACKAGE
 _LOG = logging.getLogger("sphere_plugin")
 
 
-def register(overrides: Mapping[str, object] = MappingProxyType({})) -> Host:
+def register(overrides: Mapping[str, object] | None = None) -> Host:
     """Load EasyEdit, enter SPHERE, RECT and PRUNE, and let every method take `sphere`, `rect` and `prune` in its YAML.
 
     Where EasyEdit has a SPHERE of its own, ours takes its place until :func:`unregister`, and the log says so. What
@@ -30,6 +29,7 @@ def register(overrides: Mapping[str, object] = MappingProxyType({})) -> Host:
 
     Args:
         overrides: keys that every hparams object gets from now on, whatever its YAML says, such as {"sphere": True}.
+            None keeps those of a registration that stands, and is none at all without one.
 
     Returns:
         The host that was found.
@@ -40,13 +40,13 @@ def register(overrides: Mapping[str, object] = MappingProxyType({})) -> Host:
     host = load_host()
     entry = host.alg_dict.get(ALG_NAME)
     if isinstance(entry, SphereMethod):
-        if entry.overrides == overrides:
+        if overrides is None or entry.overrides == overrides:
             return host
         entry.undo()
     replaced = ALG_NAME in host.alg_dict
     patches = Patches()
     try:
-        _patch(host, patches, overrides)
+        _patch(host, patches, overrides or {})
     except BaseException:
         patches.undo()
         raise
