@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +51,7 @@ class AdapterSession:
             ModelError: a layer that has no matrix whose rows are neurons, or a LoRA that ΔW = s·B·A does not describe.
         """
         model = next(value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))
-        with torch.no_grad(), all_or_nothing(_adapter_weights(model)):
+        with torch.no_grad(), _new_adapters_off(model), all_or_nothing(_adapter_weights(model)):
             for weight, raw in self._raw:
                 weight.copy_(raw)
             with torch.enable_grad():
@@ -73,6 +74,19 @@ class AdapterSession:
                 if done.energy:
                     touched.append(_touched(title, chosen[title], adapter, done))
         log_apply(f"{self.name} + SPHERE", None, touched)
+
+
+@contextmanager
+def _new_adapters_off(model: nn.Module) -> Iterator[None]:
+    """If the block raises, B is zero in every LoRA that it has added to the layers of ``model``: ΔW is zero."""
+    before = _adapter_weights(model).keys()
+    try:
+        yield
+    except BaseException:
+        for name, weight in _adapter_weights(model).items():
+            if name not in before and ".lora_B." in name:
+                weight.zero_()
+        raise
 
 
 def _adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,7 +13,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sphere_plugin.easyedit.adapters import AdapterSession
 from sphere_plugin.easyedit.keys import KEYS, Asked, asked_of, hparams_class, refusal
 from sphere_plugin.easyedit.methods import METHODS, Method
+from sphere_plugin.easyedit.patches import Patches
 from sphere_plugin.easyedit.standins import PACKAGE
 from sphere_plugin.easyedit.targets import unrestrained_writes, weights_of
 from sphere_plugin.editing.account import Touched, log_apply
@@ -30,7 +31,6 @@ from sphere_plugin.journal import Snapshot, all_or_nothing
 from sphere_plugin.restraints import BoundRestraint
 
 Apply = Callable[..., Any]
-SESSION: Final = "_sphere_session"  # on the hyper-parameters that SimIE keeps for its base method
 
 
 class Hooked:
@@ -43,7 +43,7 @@ class Hooked:
     def __init__(self, name: str, method: Apply) -> None:
         self.name = name
         self.method = method
-        functools.update_wrapper(self, method)
+        functools.update_wrapper(self, method, updated=())  # its attributes are its own
 
     def session(self, hparams: object, repairs: bool = False) -> Apply:
         """Return what an editor with these hyper-parameters calls to edit.
@@ -63,32 +63,39 @@ class Hooked:
             raise refused
         what = METHODS[self.name]
         if what.writes == "base":
-            _hand_on(hparams)
-            return self.method
+            return self._through_base(hparams)
         if asked.sphere is not None and what.writes == "adapter":
             return AdapterSession(self.name, self.method, asked.sphere)
-        return WeightSession(self.name, what, _own_executor(self.method), asked, repairs)
+        return WeightSession(self.name, what, self.method, asked, repairs)
+
+    def _through_base(self, hparams: Any) -> Apply:
+        """SimIE with a restrained base method: what was written after it, SimIE would replace at the next edit.
+
+        SimIE looks its base method up in EasyEdit's table at every call, so the session stands there meanwhile.
+        """
+        base, table = hparams.base_hparams, sys.modules[f"{PACKAGE}.util.alg_dict"].ALG_DICT
+        for key in KEYS:
+            if getattr(hparams, key, False) is not False:
+                setattr(base, key, getattr(hparams, key))
+        session = table[hparams.base_method].session(base, repairs=True)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            patches = Patches()
+            patches.item(table, hparams.base_method, session)
+            try:
+                return self.method(*args, **kwargs)
+            finally:
+                patches.undo()
+
+        return call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Edit once, as the hyper-parameters among the arguments ask."""
-        hparams = _argument(hparams_class(), args, kwargs)
-        session = getattr(hparams, SESSION, None) or self.session(hparams)
-        return session(*args, **kwargs)
-
-
-def _hand_on(hparams: Any) -> None:
-    """Let the base method of SimIE be restrained: what is written after it, SimIE replaces with its own at each edit.
-
-    SimIE looks its base method up in EasyEdit's table, so the session waits on the base method's hyper-parameters.
-    """
-    base, table = hparams.base_hparams, sys.modules[f"{PACKAGE}.util.alg_dict"].ALG_DICT
-    for key in KEYS:
-        setattr(base, key, getattr(hparams, key, False))
-    setattr(base, SESSION, table[hparams.base_method].session(base, repairs=True))
+        return self.session(_argument(hparams_class(), args, kwargs))(*args, **kwargs)
 
 
 def _own_executor(method: Apply) -> Apply:
-    """MEND and ULTRAEDIT keep the first model they see in one object that all editors share: make one of our own."""
+    """MEND keeps the first model it sees, and its network, in one object that all editors share: make another."""
     owner = getattr(method, "__self__", None)
     return method if owner is None else getattr(type(owner)(), method.__name__)
 
@@ -117,6 +124,7 @@ class WeightSession:
     repairs: bool
     _bound: dict[str, BoundRestraint] = field(default_factory=dict, repr=False)
     _model: nn.Module | None = field(default=None, repr=False)
+    _run: Apply | None = field(default=None, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Edit once; weights are as they were if anything raises.
@@ -129,16 +137,19 @@ class WeightSession:
         """
         model = _argument(nn.Module, args, kwargs)
         weights = weights_of(model, _argument(hparams_class(), args, kwargs), self.what)
-        if self._model is not model:
-            self._bound, self._model = {}, model
+        if self._run is None or self._model is not model:
+            self._bound, self._model, self._run = {}, model, _own_executor(self.method)
         with all_or_nothing(weights) as before:
             strays = unrestrained_writes(model, weights)
-            edited, returned = self.method(*args, **kwargs)
+            edited, returned = self._run(*args, **kwargs)
             strays.warn(self.name)
             with torch.no_grad():
                 touched = [self._restrain(edited, name, old) for name, old in before.tensors.items()]
             log_apply(f"{self.name} + {self.asked.label}", None, [one for one in touched if one is not None])
-        return edited, self._undo(weights, before, returned, bool(kwargs.get("return_orig_weights")))
+        if self.what.undo == "call":
+            return edited, functools.partial(before.restore, weights)
+        wanted = returned or (self.repairs and kwargs.get("return_orig_weights"))
+        return edited, _old_weights(edited, before, returned) if wanted else {}
 
     def _restrain(self, edited: nn.Module, name: str, old: Tensor) -> Touched | None:
         """Write one weight again, restrained; None if the method left it as it was, or it is not a matrix."""
@@ -164,11 +175,15 @@ class WeightSession:
         before, size = neurons(old, transposed), float(delta.norm())
         return Touched(name, restrained.rank, restrained.removed_share, before, written, size)
 
-    def _undo(self, weights: Mapping[str, Tensor], before: Snapshot, returned: Any, asked: bool) -> Any:
-        """What the method was to return as the old weights, made from our own copies."""
-        if self.what.undo == "call":
-            return functools.partial(before.restore, weights)
-        return dict(before.tensors) if returned or (asked and self.repairs) else {}
+
+def _old_weights(edited: nn.Module, before: Snapshot, returned: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Our own copies of the weights that the method names as written, and of those that were."""
+    return {name: old for name, old in before.tensors.items() if name in returned or _differs(edited, name, old)}
+
+
+def _differs(edited: nn.Module, name: str, old: Tensor) -> bool:
+    live = edited.get_parameter(name).detach()
+    return not torch.equal(live, old.to(live.device, live.dtype))
 
 
 def _check_finite(matrix: Tensor, name: str, method: str) -> None:

@@ -63,30 +63,37 @@ def _opening(original: Callable[..., None], repairs: bool) -> Callable[..., None
         alg_name = getattr(hparams, "alg_name", None)
         restrained = alg_name not in OWN and asked_of(hparams) is not None
         if restrained:
-            _check_possible(self, hparams)
+            _check_possible(hparams)
         if alg_name in OWN or getattr(hparams, "model_name", None) == EMBEDDED_NAME:
             _open_loaded(original, self, hparams, *args, **kwargs)
         else:
             original(self, hparams, *args, **kwargs)
-        if isinstance(self.apply_algo, SphereMethod):
-            self.apply_algo = self.apply_algo.session()
+        entry = getattr(self, "apply_algo", None)  # ConceptEditor has none where it edits by prompt
+        if isinstance(entry, SphereMethod):
+            self.apply_algo = entry.session()
             self.apply_algo.open(self.model, self.tok, hparams)
-        elif isinstance(self.apply_algo, Hooked):
-            if restrained and METHODS[self.apply_algo.name].reads_right:
-                self.tok.padding_side = "right"  # the host forgets PMET
-            self.apply_algo = self.apply_algo.session(hparams, repairs)
+        elif isinstance(entry, Hooked):
+            if restrained and any(METHODS[name].reads_right for name in _writers(hparams)):
+                self.tok.padding_side = "right"  # the host forgets some of them
+            self.apply_algo = entry.session(hparams, repairs)
 
     return init
 
 
-def _check_possible(editor: Any, hparams: Any) -> None:
+def _check_possible(hparams: Any) -> None:
     """Refuse what cannot be restrained before a model is loaded."""
-    entry = sys.modules[f"{PACKAGE}.util.alg_dict"].ALG_DICT.get(hparams.alg_name)
-    asked = asked_of(hparams)
-    if isinstance(entry, Hooked) and asked is not None:
-        refused = refusal(entry.name, asked)
+    table, asked = sys.modules[f"{PACKAGE}.util.alg_dict"].ALG_DICT, asked_of(hparams)
+    for name in _writers(hparams):
+        refused = refusal(name, asked) if asked is not None and isinstance(table.get(name), Hooked) else None
         if refused is not None:
             raise refused
+
+
+def _writers(hparams: Any) -> tuple[str, ...]:
+    """The method, and the one that SimIE leaves the writing to."""
+    method = METHODS.get(hparams.alg_name)
+    through = method is not None and method.writes == "base"
+    return (hparams.alg_name, hparams.base_method) if through else (hparams.alg_name,)
 
 
 def _open_loaded(original: Callable[..., None], editor: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
