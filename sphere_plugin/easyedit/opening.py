@@ -112,7 +112,8 @@ def _open_loaded(original: Callable[..., None], editor: Any, hparams: Any, *args
         editor.model_name = type(editor.model).__name__
     else:
         editor.model_name = hparams.model_name = Path(resolve_model(name)).name
-    editor.tok.padding_side = "right" if METHODS[hparams.alg_name].reads_right else "left"
+    method = METHODS.get(hparams.alg_name)
+    editor.tok.padding_side = "right" if method is not None and method.reads_right else "left"
     if editor.tok.pad_token is None:
         editor.tok.pad_token = editor.tok.eos_token
     editor.model.eval()
