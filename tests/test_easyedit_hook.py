@@ -218,6 +218,14 @@ def test_a_method_without_an_update_is_refused_before_a_model_is_loaded(name: st
     assert f"no weight update to project: {METHODS[name].why_not}" in str(caught.value)
 
 
+@only_on_main
+@pytest.mark.parametrize("editor", ["ConceptEditor", "SafetyEditor"])
+def test_easyedits_other_editors_of_text_refuse_as_early(editor: str) -> None:
+    sp.register()
+    with pytest.raises(ConfigError, match="SPHERE on GRACE"):
+        getattr(sys.modules["easyeditor"], editor).from_hparams(asking("GRACE", sphere=True))
+
+
 @pytest.mark.parametrize("key", ["rect", "prune"])
 def test_rect_and_prune_on_an_adapter_are_refused_before_a_model_is_loaded(key: str, host: Host) -> None:
     sp.register()

@@ -163,6 +163,10 @@ def test_ultraedit_may_cast_the_model_inside_its_call(
     bench.edit(editor, FACTS[1:2], keep=False)
     assert same(copies(editor.model), after)
     assert [record.levelname for record in caplog.records if record.name == "sphere_plugin"] == []
+    editor = bench.editor("ULTRAEDIT", kind, sphere=True, half=True, lr=0.0)
+    bench.edit(editor, FACTS[:1])
+    assert same(copies(editor.model), before)  # what the cast alone changes is no update
+    assert "changed no weight" in caplog.records[-1].getMessage()
 
 
 # ---- SimIE ----
@@ -362,6 +366,7 @@ def test_the_editor_of_concepts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
     )
     sp.register()
     editor = bench.editor("ROME", "llama", editor="ConceptEditor", sphere={"alpha": 1.0})
+    assert isinstance(editor.apply_algo, WeightSession)
     before = copies(editor.model)
     fact = {key: value for key, value in FACTS[0].items() if key != "prompt"}
     editor.edit(prompts=FACTS[0]["prompt"], ground_truth="Paris", verbose=False, **fact)
@@ -378,6 +383,7 @@ def test_the_editor_of_safety_finds_its_layer_late(bench: Bench, monkeypatch: py
     monkeypatch.setattr(module, "compute_safety_edit_quality", lambda *_, **__: {})
     sp.register()
     editor = bench.editor("DINM", "llama", editor="SafetyEditor", sphere={"alpha": 1.0}, layers=[])
+    assert isinstance(editor.apply_algo, WeightSession)
     editor.model.config.output_hidden_states = True
     before = copies(editor.model)
     harmless = {"general knowledge constraint": {"prompt": "Water boils at", "ground_truth": "100 degrees"}}
