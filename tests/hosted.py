@@ -264,7 +264,7 @@ class Bench:
         """The same on a model that is there."""
         editor = changes.pop("editor", "BaseEditor")
         if "MEND" in (method, changes.get("base_method")):
-            changes |= self.archive(kind)
+            self.archive(kind)
         hparams = hparams_of(method, kind, self.folder, **changes)
         hparams.model_name = (model, tok)
         made = getattr(sys.modules["easyeditor"], editor).from_hparams(hparams)
@@ -273,17 +273,14 @@ class Bench:
             hparams.base_hparams.model_name = WORDS[kind]
         return made
 
-    def archive(self, kind: str) -> dict[str, object]:
-        """An untrained network of MEND's, where its hyper-parameters look for the trained one; and what they need."""
-        # The PyPI release knows one way alone that does not make "cuda:cpu" of the device.
-        changes: dict[str, object] = {"model_parallel": True} if self.host.kind == "pypi" else {}
-        hparams, mend = hparams_of("MEND", kind, self.folder, **changes), sys.modules["easyeditor"].MEND
+    def archive(self, kind: str) -> None:
+        """An untrained network of MEND's, where its hyper-parameters look for the trained one."""
+        hparams, mend = hparams_of("MEND", kind, self.folder), sys.modules["easyeditor"].MEND
         model = pico(kind)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             state = dict(mend(model, hparams, lambda: model).state_dict())
         torch.save({"model": {**state, "model_config": {}}}, hparams.archive)
-        return changes
 
     def edit(self, editor: Any, facts: Sequence[Mapping[str, str]], keep: bool = True) -> Any:
         """Edit one fact after another and return the last `weights_copy`; ``keep``: let the edits stand."""

@@ -230,6 +230,7 @@ RULES: Final[tuple[tuple[type[Rule], tuple[str, ...]], ...]] = (
             "models.rome.compute_v",
             "models.rome.layer_stats",
             "models.serac.serac_main",
+            "trainer.algs.MEND",
         ),
     ),
     (DeviceOfSpreadModel, ("editors.editor",)),
