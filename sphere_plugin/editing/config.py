@@ -40,7 +40,8 @@ class EditingConfig:
         context_template_length_params: pairs (tokens, number) of random prefixes the fact is also aimed and keyed
             behind, beside the bare prompt.
         mom2_dataset: where the text for key statistics comes from: "generated" (the model writes it), a text file
-            (.txt, .json, .jsonl), or a name the datasets library knows.
+            (.txt, .json, .jsonl), or a name the datasets library knows; or statistics that EasyEdit has counted
+            (.npz), with {} for the layer number.
         mom2_n_samples: how many texts of that source.
         mom2_update_weight: λ of MEMIT, the weight of what the model already knows.
         nullspace_threshold: AlphaEdit's null space holds the eigenvectors of the keys' second moment below this.
