@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sphere_plugin as sp
 from sphere_plugin import ConfigError, EditingConfig, Editor, ModelError
-from sphere_plugin.editing import statistics
+from sphere_plugin.editing import statistics, unfinished
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.contexts import write_texts
 from sphere_plugin.editing.corpus import read_corpus
@@ -566,3 +566,71 @@ def test_statistics_that_cannot_be_used_are_refused_by_name(fault: str, tmp_path
 def test_one_file_for_all_layers_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="for the layer number"):
         moments("llama", pico_config("llama", mom2_dataset=str(tmp_path / "all.npz")))
+
+
+# ---- a count that is stopped ----
+
+
+class Stopped(BaseException):
+    """What kills a count in these tests."""
+
+
+def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = statistics._Counter.add, []
+
+    def add(self: statistics._Counter, rows: list[list[int]]) -> None:
+        if len(calls) == batches:
+            raise Stopped
+        calls.append(rows)
+        original(self, rows)
+
+    monkeypatch.setattr(statistics._Counter, "add", add)
+
+
+@pytest.mark.parametrize("source", ["text", "generated"])
+def test_a_stopped_count_goes_on_and_ends_bit_for_bit_the_same(
+    source: str, text: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "_BATCH_TOKENS", 40)
+    monkeypatch.setattr(unfinished, "EVERY", 0.0)
+    dataset = str(text) if source == "text" else source
+    whole = moments("llama", pico_config("llama", mom2_dataset=dataset, stats_dir=str(tmp_path / "whole")))
+    config = pico_config("llama", mom2_dataset=dataset, stats_dir=str(folder))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(1, patch)
+        moments("llama", config)
+    assert {path.name.partition(".")[2] for path in folder.iterdir()} == {"texts.json", "sums.safetensors"}
+    read = []
+    original = statistics._Counter.add
+    monkeypatch.setattr(statistics, "read_corpus", lambda *_, **__: pytest.fail("the texts were got again"))
+    monkeypatch.setattr(statistics._Counter, "add", lambda self, rows: (read.append(len(rows)), original(self, rows)))
+    again = moments("llama", config)
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[layer], whole[layer]) for layer in whole)
+    assert 0 < sum(read) < (4 if source == "text" else 8)  # not all of them again
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"]
+    assert "sums" not in next(folder.iterdir()).name
+
+
+@pytest.mark.parametrize("name", ["texts.json", "sums.safetensors"])
+def test_a_damaged_remainder_is_as_good_as_none(
+    name: str,
+    text: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(statistics, "_BATCH_TOKENS", 40)
+    monkeypatch.setattr(unfinished, "EVERY", 0.0)
+    whole = moments("llama", pico_config("llama", mom2_dataset=str(text), stats_dir=str(tmp_path / "whole")))
+    config = pico_config("llama", mom2_dataset=str(text), stats_dir=str(folder))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(1, patch)
+        moments("llama", config)
+    (path,) = [path for path in folder.iterdir() if path.name.endswith(name)]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    again = moments("llama", config)
+    assert all(torch.equal(again[layer], whole[layer]) for layer in whole)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.corpus import COUNTED, GENERATED, check_source, read_corpus
+from sphere_plugin.editing.unfinished import Unfinished
 from sphere_plugin.errors import CacheError, ConfigError, ModelError
 from sphere_plugin.files import cache_folder, check_writable, fingerprint, read_tensors, write_tensors
 from sphere_plugin.models.forward import Enough, longest_text, pad_right, trunk
@@ -66,8 +67,14 @@ def key_moments(
     cached = _read(path, anatomy)
     if cached is None:
         check_writable(path)
-        cached = _count(anatomy, tokenizer, config, progress)
+        unfinished = Unfinished(path)
+        try:
+            cached = _count(anatomy, tokenizer, config, unfinished, progress)
+        except ModelError:  # it would fail again
+            unfinished.forget()
+            raise
         write_tensors(path, {str(layer): moment for layer, moment in cached.items()}, {"format": _FORMAT})
+        unfinished.forget()
         _LOG.info("key statistics of layers %s kept in %s", list(cached), path)
     return {layer: cached[layer].to(rewrite.parameter.device) for layer, rewrite in anatomy.rewrites.items()}
 
@@ -146,7 +153,11 @@ def _read(path: Path, anatomy: Anatomy) -> dict[int, Tensor] | None:
 
 
 def _count(
-    anatomy: Anatomy, tokenizer: Any, config: EditingConfig, progress: Callable[[str, int, int], None] | None
+    anatomy: Anatomy,
+    tokenizer: Any,
+    config: EditingConfig,
+    unfinished: Unfinished,
+    progress: Callable[[str, int, int], None] | None,
 ) -> dict[int, Tensor]:
     def told(what: str) -> Callable[[int], None] | None:
         if progress is None:
@@ -154,15 +165,21 @@ def _count(
         return lambda done: progress(what, done, config.mom2_n_samples)
 
     _LOG.info("counting key statistics over %d texts (%s)", config.mom2_n_samples, config.mom2_dataset)
-    texts = read_corpus(
+    texts = unfinished.texts() or read_corpus(
         config.mom2_dataset, config.mom2_n_samples, anatomy.model, tokenizer, config.seed, told("writing text")
     )
+    unfinished.keep_texts(texts)
     longest = min(_LONGEST, longest_text(anatomy.model, _LONGEST))
     ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
     ids = sorted((row for row in ids if len(row) > 1), key=len)
     _check_amount(anatomy, config, sum(len(row) - 1 for row in ids))
     counter = _Counter(anatomy)
-    for batch, _ in work_through(ids, len, _BATCH_TOKENS, counter.add):
+    counter.sums, counter.tokens, done = unfinished.sums()
+    if progress is not None and done:
+        progress("reading keys", done, len(ids))
+    for batch, _ in work_through(ids[done:], len, _BATCH_TOKENS, counter.add):
+        done += len(batch)
+        unfinished.keep_sums(counter.sums, counter.tokens, done)
         if progress is not None:
             progress("reading keys", len(batch), len(ids))
     return counter.moments()
