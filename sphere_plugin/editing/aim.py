@@ -117,7 +117,11 @@ class _Search:
     def _backward(self, delta: Tensor, norms: Tensor, active: Tensor, *, gradients: bool) -> Tensor:
         """Each fact's loss, [facts]; adds its gradient to ``delta.grad`` group by group."""
         losses = torch.zeros(delta.shape[0], device=delta.device)
-        with torch.set_grad_enabled(gradients):
+        narrow = self.config.aiming_dtype == "bfloat16"
+        with (
+            torch.set_grad_enabled(gradients),
+            torch.autocast(delta.device.type, torch.bfloat16, enabled=narrow),
+        ):
             for group in self.groups:
                 part = group.keep(active)
                 if part is None:
