@@ -124,6 +124,18 @@ def test_targets_equal_those_of_the_search_one_fact_at_a_time(kind: str, setting
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_in_bfloat16_finds_about_the_same_targets(kind: str) -> None:
+    _, _, config, anatomy, locator = parts(kind)
+    wide = aim(anatomy, locator, FACTS, CONTEXTS.prefixes, config)
+    _, _, config, anatomy, locator = parts(kind, aiming_dtype="bfloat16")
+    narrow = aim(anatomy, locator, FACTS, CONTEXTS.prefixes, config)
+    assert narrow.values.dtype == torch.float32
+    assert not torch.equal(narrow.values, wide.values)
+    assert torch.cosine_similarity(narrow.values, wide.values, dim=1).min() > 0.95
+    assert (narrow.losses - wide.losses).abs().max() < 0.1 * wide.losses.max()
+
+
 def test_a_fact_that_is_good_enough_stops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, config, anatomy, locator = parts("llama", v_num_grad_steps=30, v_lr=0.05, clamp_norm_factor=5.0)
     losses = aim(anatomy, locator, FACTS, ("",), config).losses

@@ -16,8 +16,9 @@ from conftest import TEMPLATES, pico_config
 from pico import KINDS, pico
 from torch import Tensor
 
+import sphere_plugin as sp
 from sphere_plugin import ConfigError, EditingConfig, Editor, ModelError
-from sphere_plugin.editing import statistics
+from sphere_plugin.editing import statistics, unfinished
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.contexts import write_texts
 from sphere_plugin.editing.corpus import read_corpus
@@ -498,3 +499,138 @@ def test_a_dataset_without_the_datasets_library_is_refused_with_the_remedy(monke
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"mom2_dataset: got 'wikipedia'.*datasets.*mom2_dataset: generated"):
         read("wikipedia")
+
+
+# ---- statistics that EasyEdit has counted ----
+
+
+def counted_by_easyedit(path: Path, keys: Tensor) -> None:
+    """What EasyEdit's layer_stats leaves behind: a CombinedStat of one SecondMoment, saved by its own code."""
+    from sphere_plugin.easyedit.host import load_host
+
+    try:
+        load_host()
+    except sp.HostError as error:
+        pytest.skip(str(error))
+    stats = sys.modules["easyeditor.util.runningstats"]
+    moment = stats.SecondMoment()
+    for part in keys.split(7):
+        moment.add(part)
+    stats.save_cached_state(str(path), stats.CombinedStat(mom2=moment), {"sample_size": len(keys)})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_statistics_of_easyedit_are_read(kind: str, tmp_path: Path) -> None:
+    width = 64 if kind == "llama" else 96
+    keys = {layer: torch.randn(200, width, generator=torch.Generator().manual_seed(layer)) for layer in (1, 2)}
+    for layer, rows in keys.items():
+        counted_by_easyedit(tmp_path / f"layer.{layer}_float32_mom2_200.npz", rows)
+    got = moments(kind, pico_config(kind, mom2_dataset=str(tmp_path / "layer.{}_float32_mom2_200.npz")))
+    assert got.keys() == keys.keys()
+    for layer, rows in keys.items():
+        expected = (rows.double().T @ rows.double() / 200).float()
+        assert (got[layer] - expected).norm() / expected.norm() < 1e-5
+
+
+def test_an_edit_with_statistics_of_easyedit(tmp_path: Path) -> None:
+    for layer in (1, 2):
+        rows = torch.randn(200, 64, generator=torch.Generator().manual_seed(layer))
+        np.savez(tmp_path / f"{layer}.npz", **{"mom2.mom2": (rows.T @ rows).numpy(), "mom2.count": np.int64(200)})
+    model, tokenizer = pico("llama")
+    config = pico_config("llama", base_method="MEMIT", mom2_dataset=str(tmp_path / "{}.npz"))
+    report = Editor(model, tokenizer, config).apply(
+        [{"prompt": "The Eiffel Tower is in", "subject": "Eiffel Tower", "target_new": "Rome"}]
+    )
+    assert all(layer.update_norm > 0 for layer in report.layers)
+
+
+@pytest.mark.parametrize("fault", ["missing", "not an archive", "other keys", "another model", "no tokens", "NaN"])
+def test_statistics_that_cannot_be_used_are_refused_by_name(fault: str, tmp_path: Path) -> None:
+    for layer in (1, 2):
+        path = tmp_path / f"{layer}.npz"
+        total, count = (
+            np.eye(32 if fault == "another model" else 64, dtype=np.float32),
+            0 if fault == "no tokens" else 9,
+        )
+        if fault == "NaN":
+            total[0, 0] = np.nan
+        if fault == "not an archive":
+            path.write_bytes(b"nothing of the kind")
+        elif fault != "missing":
+            name = "mean.mean" if fault == "other keys" else "mom2.mom2"
+            np.savez(path, **{name: total, "mom2.count": np.int64(count)})
+    with pytest.raises(ConfigError, match="mom2_dataset.*1.npz"):
+        moments("llama", pico_config("llama", mom2_dataset=str(tmp_path / "{}.npz")))
+
+
+def test_one_file_for_all_layers_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="for the layer number"):
+        moments("llama", pico_config("llama", mom2_dataset=str(tmp_path / "all.npz")))
+
+
+# ---- a count that is stopped ----
+
+
+class Stopped(BaseException):
+    """What kills a count in these tests."""
+
+
+def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = statistics._Counter.add, []
+
+    def add(self: statistics._Counter, rows: list[list[int]]) -> None:
+        if len(calls) == batches:
+            raise Stopped
+        calls.append(rows)
+        original(self, rows)
+
+    monkeypatch.setattr(statistics._Counter, "add", add)
+
+
+@pytest.mark.parametrize("source", ["text", "generated"])
+def test_a_stopped_count_goes_on_and_ends_bit_for_bit_the_same(
+    source: str, text: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "_BATCH_TOKENS", 40)
+    monkeypatch.setattr(unfinished, "EVERY", 0.0)
+    dataset = str(text) if source == "text" else source
+    whole = moments("llama", pico_config("llama", mom2_dataset=dataset, stats_dir=str(tmp_path / "whole")))
+    config = pico_config("llama", mom2_dataset=dataset, stats_dir=str(folder))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(1, patch)
+        moments("llama", config)
+    assert {path.name.partition(".")[2] for path in folder.iterdir()} == {"texts.json", "sums.safetensors"}
+    read = []
+    original = statistics._Counter.add
+    monkeypatch.setattr(statistics, "read_corpus", lambda *_, **__: pytest.fail("the texts were got again"))
+    monkeypatch.setattr(statistics._Counter, "add", lambda self, rows: (read.append(len(rows)), original(self, rows)))
+    again = moments("llama", config)
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[layer], whole[layer]) for layer in whole)
+    assert 0 < sum(read) < (4 if source == "text" else 8)  # not all of them again
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"]
+    assert "sums" not in next(folder.iterdir()).name
+
+
+@pytest.mark.parametrize("name", ["texts.json", "sums.safetensors"])
+def test_a_damaged_remainder_is_as_good_as_none(
+    name: str,
+    text: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(statistics, "_BATCH_TOKENS", 40)
+    monkeypatch.setattr(unfinished, "EVERY", 0.0)
+    whole = moments("llama", pico_config("llama", mom2_dataset=str(text), stats_dir=str(tmp_path / "whole")))
+    config = pico_config("llama", mom2_dataset=str(text), stats_dir=str(folder))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(1, patch)
+        moments("llama", config)
+    (path,) = [path for path in folder.iterdir() if path.name.endswith(name)]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    again = moments("llama", config)
+    assert all(torch.equal(again[layer], whole[layer]) for layer in whole)

@@ -329,6 +329,7 @@ BAD: dict[str, list[Any]] = {
     "alpha": [-0.01, 1.01, -INF, INF, "much", True, [0.1], NAN],  # None is allowed
     "v_num_grad_steps": NO_COUNT,
     "mom2_n_samples": [*NO_COUNT, "1e5"],
+    "aiming_dtype": ["float16", "bf16", torch.bfloat16, None, True],
     "token_budget": [63, 0, -64, 128.0, "128", None, True],
     "seed": [-1, 1.0, "1", None, True, NAN],
     "v_loss_layer": [-1, 31.0, "31", True, NAN],  # None is allowed

@@ -21,6 +21,7 @@ from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.locate import Locator, Padded, Sentence
 from sphere_plugin.editing.replay import Recording, record_suffix
 from sphere_plugin.editing.requests import Fact
+from sphere_plugin.models.memory import work_through
 
 # MEMIT stops a fact's search once its loss is below this.
 GOOD_ENOUGH = 5e-2
@@ -62,8 +63,10 @@ def aim(
     sentences = [[locator.aimed(fact, prefix) for prefix in prefixes] + [locator.essence(fact)] for fact in facts]
     parts = []
     with _no_weight_gradients(anatomy):
-        for chunk in _chunks(sentences, config.token_budget):
-            parts.append(_Search(anatomy, chunk, config).run())
+        for chunk, part in work_through(
+            sentences, _tokens, config.token_budget, lambda chunk: _Search(anatomy, chunk, config).run()
+        ):
+            parts.append(part)
             if progress is not None:
                 progress(len(chunk))
     return Aimed(*(torch.cat([getattr(part, name) for part in parts]) for name in ("values", "losses", "steps")))
@@ -72,7 +75,7 @@ def aim(
 class _Search:
     """The search for the targets of one chunk of facts; each fact has ``contexts`` aimed sentences and one essence."""
 
-    def __init__(self, anatomy: Anatomy, sentences: list[list[Sentence]], config: EditingConfig) -> None:
+    def __init__(self, anatomy: Anatomy, sentences: Sequence[list[Sentence]], config: EditingConfig) -> None:
         self.anatomy = anatomy
         self.config = config
         self.contexts = len(sentences[0]) - 1
@@ -114,7 +117,11 @@ class _Search:
     def _backward(self, delta: Tensor, norms: Tensor, active: Tensor, *, gradients: bool) -> Tensor:
         """Each fact's loss, [facts]; adds its gradient to ``delta.grad`` group by group."""
         losses = torch.zeros(delta.shape[0], device=delta.device)
-        with torch.set_grad_enabled(gradients):
+        narrow = self.config.aiming_dtype == "bfloat16"
+        with (
+            torch.set_grad_enabled(gradients),
+            torch.autocast(delta.device.type, torch.bfloat16, enabled=narrow),
+        ):
             for group in self.groups:
                 part = group.keep(active)
                 if part is None:
@@ -225,19 +232,9 @@ def _by_suffix(rows: list[_Row]) -> Iterator[list[_Row]]:
         yield group
 
 
-def _chunks(sentences: list[list[Sentence]], budget: int) -> Iterator[list[list[Sentence]]]:
-    """Facts in chunks of at most ``budget`` padded tokens, at least one fact each."""
-    chunk: list[list[Sentence]] = []
-    width = 0
-    for group in sentences:
-        longest = max(width, *(len(sentence.ids) for sentence in group))
-        if chunk and longest * len(group) * (len(chunk) + 1) > budget:
-            yield chunk
-            chunk, longest = [], max(len(sentence.ids) for sentence in group)
-        chunk.append(group)
-        width = longest
-    if chunk:
-        yield chunk
+def _tokens(group: list[Sentence]) -> int:
+    """Tokens of a fact's sentences, all padded to the longest."""
+    return len(group) * max(len(sentence.ids) for sentence in group)
 
 
 @contextmanager

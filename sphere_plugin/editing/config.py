@@ -14,6 +14,7 @@ from sphere_plugin.restraints.sphere import Basis
 BaseMethod = Literal["AlphaEdit", "MEMIT"]
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 Projection = Literal["in_loop", "post"]
+AimingDtype = Literal["float32", "bfloat16"]
 
 # Paper D.4.1: AlphaEdit already keeps its updates off the keys of what the model knows, and takes half the strength.
 ALPHA_OF = (("AlphaEdit", 0.5), ("MEMIT", 0.8))
@@ -40,7 +41,8 @@ class EditingConfig:
         context_template_length_params: pairs (tokens, number) of random prefixes the fact is also aimed and keyed
             behind, beside the bare prompt.
         mom2_dataset: where the text for key statistics comes from: "generated" (the model writes it), a text file
-            (.txt, .json, .jsonl), or a name the datasets library knows.
+            (.txt, .json, .jsonl), or a name the datasets library knows; or statistics that EasyEdit has counted
+            (.npz), with {} for the layer number.
         mom2_n_samples: how many texts of that source.
         mom2_update_weight: λ of MEMIT, the weight of what the model already knows.
         nullspace_threshold: AlphaEdit's null space holds the eigenvectors of the keys' second moment below this.
@@ -54,7 +56,9 @@ class EditingConfig:
         projection: "in_loop" restrains each layer's update before the next layer is solved, as the authors do on
             AlphaEdit; "post" solves all layers first and restrains then, as the authors do on MEMIT, and EasyEdit's
             own SPHERE on AlphaEdit.
-        token_budget: tokens in one pass through the network; bounds memory.
+        token_budget: tokens in one pass through the network; bounds memory, and is halved where memory runs out.
+        aiming_dtype: "bfloat16" runs the network in it while targets are searched for, with loss and optimizer in
+            float32; for GPUs.
         seed: of the random prefixes and of generated text.
         stats_dir: folder for key statistics; None is the user's cache.
 
@@ -89,6 +93,7 @@ class EditingConfig:
     prune: PruneConfig | None = None
     projection: Projection = "in_loop"
     token_budget: int = 8192
+    aiming_dtype: AimingDtype = "float32"
     seed: int = 0
     stats_dir: str | None = None
 
@@ -96,6 +101,7 @@ class EditingConfig:
         _check_choice("base_method", self.base_method, get_args(BaseMethod))
         _check_choice("fact_token", self.fact_token, get_args(FactToken))
         _check_choice("projection", self.projection, get_args(Projection))
+        _check_choice("aiming_dtype", self.aiming_dtype, get_args(AimingDtype))
         _check_layers(self.layers)
         _check_templates(self.rewrite_module_tmp, self.layer_module_tmp)
         _check_contexts(self.context_template_length_params)

@@ -14,6 +14,8 @@ from sphere_plugin.editing.contexts import write_texts
 from sphere_plugin.errors import ConfigError
 
 GENERATED = "generated"
+# Statistics that EasyEdit has counted already, one file for each layer, with {} for its number in the name.
+COUNTED = ".npz"
 # Length of a text the model writes, in tokens.
 GENERATED_TOKENS = 64
 # Names that EasyEdit's YAMLs use, and where the datasets library has them today.
@@ -30,6 +32,11 @@ _REMEDY = "Give a text file, or mom2_dataset: generated, which needs nothing: th
 def check_source(source: str) -> None:
     """Raise ConfigError if ``source`` looks like a file that is not there."""
     path = Path(source).expanduser()
+    if source.endswith(COUNTED):
+        if "{}" not in source:
+            remedy = 'Write ".../model.layers.{}.mlp.down_proj_float32_mom2_100000.npz".'
+            raise ConfigError("mom2_dataset", source, "a name with {} for the layer number", remedy)
+        return
     if (
         source != GENERATED
         and not path.is_file()

@@ -41,7 +41,7 @@ PROBE: Final = MappingProxyType(
 )
 # Settings that may change between batches of one editor.
 FREE: Final = frozenset(
-    ("eta", "alpha", "basis", "row_normalize", "rect", "prune", "projection", "token_budget")
+    ("eta", "alpha", "basis", "row_normalize", "rect", "prune", "projection", "token_budget", "aiming_dtype")
     + ("v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor")
 )
 # Share of an update that rounding may swallow before a warning says so.

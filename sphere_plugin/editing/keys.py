@@ -14,6 +14,7 @@ from sphere_plugin.editing.contexts import Contexts
 from sphere_plugin.editing.locate import Locator, Padded
 from sphere_plugin.editing.replay import Recording, record
 from sphere_plugin.editing.requests import Fact
+from sphere_plugin.models.memory import work_through
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,15 @@ class KeyReader:
         self.layers = sorted(anatomy.rewrites)
         self.facts = facts
         self.shares = torch.tensor(contexts.shares, device=anatomy.device)
-        size = _facts_at_once(locator, facts, contexts.prefixes, token_budget)
+        prefixes = contexts.prefixes
         self.parts = [
-            self._part(locator, facts[first : first + size], contexts.prefixes) for first in range(0, len(facts), size)
+            part
+            for _, part in work_through(
+                facts,
+                lambda fact: _tokens(locator, fact, prefixes),
+                token_budget,
+                lambda piece: self._part(locator, piece, prefixes),
+            )
         ]
         self._at = [(part.recording.hidden, _hidden_of(part.others_recording)) for part in self.parts]
         self._layer = self.layers[0]
@@ -122,6 +129,6 @@ def _at_lookup(hidden: Tensor, batch: Padded) -> Tensor:
     return hidden[rows, batch.lookup.to(hidden.device)].float()
 
 
-def _facts_at_once(locator: Locator, facts: Sequence[Fact], prefixes: Sequence[str], budget: int) -> int:
-    longest = max(len(locator.keyed(fact, prefix).up_to_lookup().ids) for fact in facts for prefix in prefixes)
-    return max(1, budget // (longest * len(prefixes)))
+def _tokens(locator: Locator, fact: Fact, prefixes: Sequence[str]) -> int:
+    """Tokens of a fact's sentences up to the lookup token, all padded to the longest."""
+    return len(prefixes) * max(len(locator.keyed(fact, prefix).up_to_lookup().ids) for prefix in prefixes)

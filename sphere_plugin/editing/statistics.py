@@ -9,19 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.config import EditingConfig
-from sphere_plugin.editing.corpus import GENERATED, check_source, read_corpus
-from sphere_plugin.errors import CacheError, ModelError
+from sphere_plugin.editing.corpus import COUNTED, GENERATED, check_source, read_corpus
+from sphere_plugin.editing.unfinished import Unfinished
+from sphere_plugin.errors import CacheError, ConfigError, ModelError
 from sphere_plugin.files import cache_folder, check_writable, fingerprint, read_tensors, write_tensors
-from sphere_plugin.models.forward import Enough, batches, longest_text, pad_right, trunk
+from sphere_plugin.models.forward import Enough, longest_text, pad_right, trunk
+from sphere_plugin.models.memory import work_through
 
 _LOG = logging.getLogger("sphere_plugin")
 _FORMAT = "1"  # raise it when files of an older code must not be used any more
@@ -51,14 +56,47 @@ def key_moments(
         ModelError: the text has no token to count, or the model's keys are not finite.
     """
     check_source(config.mom2_dataset)
+    if config.mom2_dataset.endswith(COUNTED):
+        return {
+            layer: read_counted(Path(config.mom2_dataset.format(layer)).expanduser(), rewrite.weight.shape[1]).to(
+                rewrite.parameter.device
+            )
+            for layer, rewrite in anatomy.rewrites.items()
+        }
     path = _path(anatomy, tokenizer, config)
     cached = _read(path, anatomy)
     if cached is None:
         check_writable(path)
-        cached = _count(anatomy, tokenizer, config, progress)
+        unfinished = Unfinished(path)
+        try:
+            cached = _count(anatomy, tokenizer, config, unfinished, progress)
+        except ModelError:  # it would fail again
+            unfinished.forget()
+            raise
         write_tensors(path, {str(layer): moment for layer, moment in cached.items()}, {"format": _FORMAT})
+        unfinished.forget()
         _LOG.info("key statistics of layers %s kept in %s", list(cached), path)
     return {layer: cached[layer].to(rewrite.parameter.device) for layer, rewrite in anatomy.rewrites.items()}
+
+
+def read_counted(path: Path, width: int) -> Tensor:
+    """E[kkᵀ] [width, width] float32 of one layer, from a file of EasyEdit's or ROME's ``layer_stats``.
+
+    Raises:
+        ConfigError: no such file, or not one of these statistics of a key of ``width`` dimensions.
+    """
+    expected = f"a file of EasyEdit's layer_stats over keys of {width} dimensions"
+    remedy = "Put {} for the layer number into the name, and name the statistics of this very model."
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            total, count = content["mom2.mom2"], int(content["mom2.count"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError("mom2_dataset", str(path), f"{expected} ({error})", remedy) from error
+    moment = torch.from_numpy(total).double() / max(count, 1)
+    if moment.shape != (width, width) or not bool(torch.isfinite(moment).all()) or count < 1:
+        got = f"{path}: {tuple(moment.shape)} over {count} tokens"
+        raise ConfigError("mom2_dataset", got, expected, remedy)
+    return moment.float()
 
 
 def _path(anatomy: Anatomy, tokenizer: Any, config: EditingConfig) -> Path:
@@ -115,7 +153,11 @@ def _read(path: Path, anatomy: Anatomy) -> dict[int, Tensor] | None:
 
 
 def _count(
-    anatomy: Anatomy, tokenizer: Any, config: EditingConfig, progress: Callable[[str, int, int], None] | None
+    anatomy: Anatomy,
+    tokenizer: Any,
+    config: EditingConfig,
+    unfinished: Unfinished,
+    progress: Callable[[str, int, int], None] | None,
 ) -> dict[int, Tensor]:
     def told(what: str) -> Callable[[int], None] | None:
         if progress is None:
@@ -123,16 +165,21 @@ def _count(
         return lambda done: progress(what, done, config.mom2_n_samples)
 
     _LOG.info("counting key statistics over %d texts (%s)", config.mom2_n_samples, config.mom2_dataset)
-    texts = read_corpus(
+    texts = unfinished.texts() or read_corpus(
         config.mom2_dataset, config.mom2_n_samples, anatomy.model, tokenizer, config.seed, told("writing text")
     )
+    unfinished.keep_texts(texts)
     longest = min(_LONGEST, longest_text(anatomy.model, _LONGEST))
     ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
     ids = sorted((row for row in ids if len(row) > 1), key=len)
     _check_amount(anatomy, config, sum(len(row) - 1 for row in ids))
     counter = _Counter(anatomy)
-    for batch in batches([len(row) for row in ids], _BATCH_TOKENS):
-        counter.add([ids[number] for number in batch])
+    counter.sums, counter.tokens, done = unfinished.sums()
+    if progress is not None and done:
+        progress("reading keys", done, len(ids))
+    for batch, _ in work_through(ids[done:], len, _BATCH_TOKENS, counter.add):
+        done += len(batch)
+        unfinished.keep_sums(counter.sums, counter.tokens, done)
         if progress is not None:
             progress("reading keys", len(batch), len(ids))
     return counter.moments()
@@ -159,30 +206,29 @@ class _Counter:
         self.sums: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, rows: list[list[int]]) -> None:
-        """Count a batch of token ids."""
+    def add(self, rows: Sequence[list[int]]) -> None:
+        """Count a batch of token ids, or, if it fails, nothing of it."""
         ids, mask = pad_right(rows)
         counted = mask.bool()
         counted[:, 0] = False
-        self.tokens += int(counted.sum())
-        handles = [
-            rewrite.module.register_forward_pre_hook(self._hook(layer, counted))
-            for layer, rewrite in self.anatomy.rewrites.items()
-        ]
+        products: dict[int, Tensor] = {}
         device = self.anatomy.device
-        try:
+        with ExitStack() as stack:
+            for layer, rewrite in self.anatomy.rewrites.items():
+                handle = rewrite.module.register_forward_pre_hook(self._hook(layer, counted, products))
+                stack.callback(handle.remove)
+            stack.enter_context(suppress(Enough))
             trunk(self.anatomy.model)(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-        except Enough:
-            return
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.tokens += int(counted.sum())
+        for layer, product in products.items():
+            self.sums[layer] = self.sums[layer] + product if layer in self.sums else product
 
-    def _hook(self, layer: int, counted: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _hook(
+        self, layer: int, counted: Tensor, products: dict[int, Tensor]
+    ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             keys = args[0][counted.to(args[0].device)].float()
-            product = (keys.T @ keys).double()
-            self.sums[layer] = self.sums[layer] + product if layer in self.sums else product
+            products[layer] = (keys.T @ keys).double()
             if layer == max(self.anatomy.rewrites):
                 raise Enough
 

@@ -19,7 +19,8 @@ from sphere_plugin.data import Record
 from sphere_plugin.editing.locate import continuation
 from sphere_plugin.editing.requests import read_request
 from sphere_plugin.errors import RequestError
-from sphere_plugin.models.forward import batches, longest_text, pad_right, trunk
+from sphere_plugin.models.forward import longest_text, pad_right, trunk
+from sphere_plugin.models.memory import work_through
 
 # Tokens of the held-out text read at once; bounds the memory its logits take.
 TEXT_TOKENS = 512
@@ -149,22 +150,30 @@ class Quality:
     ) -> list[tuple[int, ...]]:
         """The model's first choices for the asked tokens of every prompt, in the order given."""
         choices: list[tuple[int, ...]] = [()] * len(prompts)
-        for batch in batches([len(prompt.ids) for prompt in prompts], self.batch_tokens):
-            ids, mask = pad_right([prompts[number].ids for number in batch])
-            places = [
-                (row, len(prompts[number].ids) - back)
-                for row, number in enumerate(batch)
-                for back in range(max(1, len(prompts[number].targets)), 0, -1)
-            ]
-            rows, columns = torch.tensor(places).unbind(dim=1)
-            hidden = self._hidden(ids.to(self._device), mask.to(self._device))
-            said = self._head(hidden[rows, columns]).argmax(dim=1).tolist()
-            for number in batch:
-                asked = max(1, len(prompts[number].targets))
-                choices[number], said = tuple(said[:asked]), said[asked:]
+        ordered = sorted(range(len(prompts)), key=lambda number: len(prompts[number].ids))
+        for batch, said in work_through(
+            ordered,
+            lambda number: len(prompts[number].ids),
+            self.batch_tokens,
+            lambda batch: self._choices([prompts[number] for number in batch]),
+        ):
+            for number, choice in zip(batch, said, strict=True):
+                choices[number] = choice
             if progress is not None:
                 progress(len(batch))
         return choices
+
+    def _choices(self, prompts: Sequence[_Prompt]) -> list[tuple[int, ...]]:
+        """The same for one batch."""
+        ids, mask = pad_right([prompt.ids for prompt in prompts])
+        asked = [max(1, len(prompt.targets)) for prompt in prompts]
+        places = [
+            (row, len(prompt.ids) - back) for row, prompt in enumerate(prompts) for back in range(asked[row], 0, -1)
+        ]
+        rows, columns = torch.tensor(places).unbind(dim=1)
+        hidden = self._hidden(ids.to(self._device), mask.to(self._device))
+        said = self._head(hidden[rows, columns]).argmax(dim=1)
+        return [tuple(part.tolist()) for part in torch.split(said, asked)]
 
     @property
     def _device(self) -> torch.device:

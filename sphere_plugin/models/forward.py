@@ -1,8 +1,8 @@
-"""What every pass through a decoder needs: padding, batches of like length, the trunk below the output embedding."""
+"""What every pass through a decoder needs: padding, the trunk below the output embedding, how much the model takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,18 +27,6 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         ids[number, : len(row)] = torch.tensor(row)
         mask[number, : len(row)] = 1
     return ids, mask
-
-
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Numbers of rows, those of like length together, at most ``budget`` padded tokens or one row in a batch."""
-    batch: list[int] = []
-    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[number] > budget:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch
 
 
 def longest_text(model: nn.Module, otherwise: int) -> int:
