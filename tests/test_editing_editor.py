@@ -26,6 +26,7 @@ from sphere_plugin.editing.replay import Recording
 from sphere_plugin.editing.requests import read_requests
 from sphere_plugin.editing.solve import AlphaEdit, Memit
 from sphere_plugin.editing.statistics import key_moments
+from sphere_plugin.geometry import Factors
 from sphere_plugin.journal import Snapshot
 from sphere_plugin.restraints import Restrained, SphereConfig
 
@@ -113,7 +114,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
 
         def update(self, keys, residuals, original=form.update):
             delta = original(self, keys, residuals)
-            noted.setdefault(self.layer, []).append(delta.clone())
+            noted.setdefault(self.layer, []).append(delta.dense())
             return delta
 
         monkeypatch.setattr(form, "update", update)
@@ -635,9 +636,11 @@ def test_an_update_that_does_not_fit_the_weights_dtype_is_refused_and_undone(mon
 def broken_on_layer(layer: int, value: float) -> Callable:
     def update(self, keys, residuals, original=AlphaEdit.update):
         delta = original(self, keys, residuals)
-        if self.layer == layer:
-            delta[0, 0] = value
-        return delta
+        if self.layer != layer:
+            return delta
+        broken = delta.dense()
+        broken[0, 0] = value
+        return Factors(broken, torch.eye(len(keys)))
 
     return update
 

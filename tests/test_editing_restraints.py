@@ -18,6 +18,7 @@ from sphere_plugin import ConfigError, EditingConfig, Editor, PrincipalSpace, hy
 from sphere_plugin.editing import account
 from sphere_plugin.editing.account import Touched, log_apply
 from sphere_plugin.editing.solve import AlphaEdit, Memit
+from sphere_plugin.geometry import Factors
 from sphere_plugin.restraints import Chain, PruneConfig, RectConfig, SphereConfig
 
 SECOND = [
@@ -87,7 +88,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
 
         def update(self, keys, residuals, original=form.update):
             delta = original(self, keys, residuals)
-            noted.setdefault(self.layer, []).append(delta.clone())
+            noted.setdefault(self.layer, []).append(delta.dense())
             return delta
 
         monkeypatch.setattr(form, "update", update)
@@ -351,7 +352,7 @@ def test_no_energy_is_computed_where_nobody_reads_it(caplog, monkeypatch: pytest
 
 @pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
 def test_a_batch_that_changes_no_weight_is_warned_about(level: int, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Memit, "update", lambda self, keys, residuals: torch.zeros(len(residuals), len(keys)))
+    monkeypatch.setattr(Memit, "update", lambda self, keys, residuals: Factors(0 * residuals, keys))
     editor = make(rect=RECT, alpha=0.8)
     editor.prepare()
     before = matrices(editor)

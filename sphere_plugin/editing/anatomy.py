@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.errors import ConfigError, ModelError
+from sphere_plugin.geometry.checks import all_finite
 from sphere_plugin.geometry.neurons import is_transposed, neurons, stored
 
 
@@ -114,8 +115,8 @@ class Anatomy:
     def check_finite(self) -> None:
         """Raise ModelError if a weight to be edited holds NaN or infinity."""
         for name, weight in self.weights.items():
-            bad = int((~torch.isfinite(weight)).sum())
-            if bad:
+            if not all_finite(weight):
+                bad = int((~torch.isfinite(weight)).sum())
                 raise ModelError(
                     name, f"{bad} entries that are NaN or infinite", "finite numbers", "Reload the unedited model."
                 )

@@ -28,10 +28,11 @@ from sphere_plugin.editing.requests import Fact, read_request, read_requests
 from sphere_plugin.editing.solve import AlphaEdit, Memit
 from sphere_plugin.editing.statistics import key_moments
 from sphere_plugin.errors import ModelError, RequestError
-from sphere_plugin.geometry.neurons import neurons
+from sphere_plugin.geometry import Factors, neurons
+from sphere_plugin.geometry.checks import all_finite
 from sphere_plugin.journal import Snapshot, all_or_nothing
 from sphere_plugin.models.forward import longest_text
-from sphere_plugin.restraints import BoundRestraint, Restrained
+from sphere_plugin.restraints import BoundRestraint, Restrained, restrain
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -196,28 +197,29 @@ class Editor:
     def _write(self, reader: KeyReader, targets: Tensor, before: Snapshot) -> list[LayerReport]:
         """Solve, restrain and write layer by layer; ``targets`` [width, facts]."""
         reports: list[LayerReport] = []
-        updates: dict[int, Tensor] = {}
+        updates: dict[int, Factors] = {}
         in_loop = self.config.projection == "in_loop"
         for number, layer in enumerate(reader.layers):
             keys, values = reader.read(layer)
             residuals = (targets.to(values.device) - values) / (len(reader.layers) - number)
             delta = self._solver_of(layer).update(keys, residuals)
-            reports.append(self._put(layer, delta, restrain=in_loop))
+            reports.append(self._put(layer, delta, restrained=in_loop))
             if not in_loop:
                 updates[layer] = delta
         if in_loop:
             return reports
         before.restore(self.anatomy.weights)
-        return [self._put(layer, delta, restrain=True) for layer, delta in updates.items()]
+        return [self._put(layer, delta, restrained=True) for layer, delta in updates.items()]
 
-    def _put(self, layer: int, delta: Tensor, restrain: bool) -> LayerReport:
-        """Write an update [d_out, d_in], restrained or as it is."""
+    def _put(self, layer: int, delta: Factors, restrained: bool) -> LayerReport:
+        """Write an update [d_out, d_in], restrained or as it is; it becomes a matrix here, if not in a restraint."""
         rewrite = self.anatomy.rewrites[layer]
         weight = rewrite.weight.float()
         delta = delta.to(weight.device)
-        restrained = self._restraints[layer](weight, delta) if restrain else Restrained(delta, 0.0, 0)
-        edited = (weight + restrained.delta).to(rewrite.parameter.dtype)
-        if not bool(torch.isfinite(edited).all()):
+        kept = restrain(self._restraints[layer], weight, delta) if restrained else Restrained(delta, 0.0, 0)
+        update = kept.delta.dense() if isinstance(kept.delta, Factors) else kept.delta
+        edited = (weight + update).to(rewrite.parameter.dtype)
+        if not all_finite(edited):
             raise ModelError(
                 f"update of {rewrite.name}",
                 "NaN or infinity",
@@ -225,7 +227,7 @@ class Editor:
                 "The weights are as before this batch; lower v_lr, or edit a float32 model.",
             )
         # Before the write: a float32 weight is the live one.
-        weight_norm, asked = float(weight.norm()), float(restrained.delta.norm())
+        weight_norm, asked = float(weight.norm()), float(update.norm())
         written = float((edited.float() - weight).norm())
         if written < (1 - ROUNDING) * asked:
             _LOG.warning(
@@ -234,9 +236,9 @@ class Editor:
         rewrite.write(edited)
         return LayerReport(
             name=rewrite.name,
-            rank=restrained.rank,
-            removed_share=restrained.removed_share,
-            solved_norm=float(delta.norm()),
+            rank=kept.rank,
+            removed_share=kept.removed_share,
+            solved_norm=delta.norm(),
             update_norm=written,
             weight_norm=weight_norm,
         )

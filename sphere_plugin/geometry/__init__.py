@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from sphere_plugin.geometry.bound import bound_constant, lower_bound, neuron_constants, output_perturbation
 from sphere_plugin.geometry.energy import delta_he, energy_change, hyperspherical_energy
+from sphere_plugin.geometry.factors import Factors
 from sphere_plugin.geometry.neurons import is_transposed, neurons, stored
 from sphere_plugin.geometry.principal import PrincipalSpace
 
 __all__ = [
+    "Factors",
     "PrincipalSpace",
     "bound_constant",
     "delta_he",

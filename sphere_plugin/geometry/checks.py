@@ -80,12 +80,17 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
     """
     check_matrix(weight, name)
     values = weight.detach()
-    bad = int(values.numel() - torch.isfinite(values).sum())
-    if bad:
+    if not all_finite(values):
+        bad = int(values.numel() - torch.isfinite(values).sum())
         remedy = "An earlier edit or the checkpoint is broken; undo that edit or load the weight anew."
         raise ModelError(name, f"NaN or infinite in {bad} of {values.numel()} entries", "finite entries", remedy)
-    if not bool(values.any()):
+    if not any(map(bool, torch.aminmax(values))):
         raise ModelError(name, "zeros only", "a trained weight", "Load the checkpoint's values into this layer first.")
+
+
+def all_finite(values: Tensor) -> bool:
+    """Tells whether no entry of a floating point tensor is NaN or infinite, in one pass and without a mask."""
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values.detach()))  # NaN is extreme
 
 
 def check_same_shape(before: Tensor, after: Tensor) -> None:

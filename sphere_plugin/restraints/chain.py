@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
 from sphere_plugin.errors import ConfigError
-from sphere_plugin.restraints.protocol import BoundRestraint, Restrained, Restraint
-from sphere_plugin.restraints.rect import removed_share
+from sphere_plugin.geometry import Factors
+from sphere_plugin.restraints.protocol import BoundRestraint, Restrained, Restraint, removed_share, restrain
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,17 @@ class Chain:
 class _BoundChain:
     members: tuple[BoundRestraint, ...]
 
-    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained:
+    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained[Tensor]:
         """Restrain ``delta``; the share is of the whole chain, the rank the largest of any member, so SPHERE's."""
+        return cast(Restrained[Tensor], self._apply(weight, delta))  # no member makes factors of a matrix
+
+    def factored(self, weight: Tensor, delta: Factors) -> Restrained[Tensor | Factors]:
+        """The same for factors; dense from the first member on that does not take them."""
+        return self._apply(weight, delta)
+
+    def _apply(self, weight: Tensor, delta: Tensor | Factors) -> Restrained[Tensor | Factors]:
         passed, rank = delta, 0
         for member in self.members:
-            step = member(weight, passed)
+            step = restrain(member, weight, passed)
             passed, rank = step.delta, max(rank, step.rank)
         return Restrained(passed, removed_share=removed_share(delta, passed), rank=rank)

@@ -3,28 +3,37 @@
 A restraint is configured once, bound to each weight it will guard, and then called with every update of that weight.
 Binding is what lets one protocol serve restraints that look at the current weight only (RECT), at the weight as it was
 before any edit (PRUNE, or SPHERE with ``basis="pretrained"``), or keep something between calls.
+
+The closed forms return their updates in factors. A bound restraint that has a method ``factored`` gets them so; any
+other is called with the dense matrix, which is all that a restraint has to know about. `restrain` does the asking.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from sphere_plugin.geometry import Factors
+
+Update = TypeVar("Update", bound=Tensor | Factors, covariant=True)
 
 
 @dataclass(frozen=True)
-class Restrained:
+class Restrained(Generic[Update]):
     """What came out of a restraint.
 
     Attributes:
-        delta: the update to write, [d_out, d_in], on the device of the update that went in.
+        delta: the update to write, [d_out, d_in], on the device of the update that went in: a matrix, or `Factors`
+            where factors went in and a method ``factored`` kept them.
         removed_share: share of the update's squared Frobenius norm that was taken away; at most 1, and negative where
             a restraint lengthened the update (PRUNE, correcting earlier ones).
         rank: dimension of the space the update was held away from; 0 if the restraint has none.
     """
 
-    delta: Tensor
+    delta: Update
     removed_share: float
     rank: int
 
@@ -32,8 +41,17 @@ class Restrained:
 class BoundRestraint(Protocol):
     """A restraint for one weight."""
 
-    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained:
+    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained[Tensor]:
         """Restrain ``delta`` [d_out, d_in], an update of ``weight`` [d_out, d_in] as it is now."""
+        ...
+
+
+@runtime_checkable
+class FactoredRestraint(Protocol):
+    """What a bound restraint may have beside being called."""
+
+    def factored(self, weight: Tensor, delta: Factors) -> Restrained[Tensor | Factors]:
+        """Restrain ``delta`` in factors: the same update as the call would return, up to rounding."""
         ...
 
 
@@ -43,3 +61,32 @@ class Restraint(Protocol):
     def bind(self, pretrained: Tensor) -> BoundRestraint:
         """Tie the restraint to a weight, given as it was before any edit, [d_out, d_in]."""
         ...
+
+
+def restrain(bound: BoundRestraint, weight: Tensor, delta: Tensor | Factors) -> Restrained[Tensor | Factors]:
+    """Restrain an update by ``bound``, in factors if it has them and ``bound`` takes them, as a matrix otherwise.
+
+    Args:
+        bound: the restraint.
+        weight: [d_out, d_in], as it is now.
+        delta: [d_out, d_in], an update of it.
+    """
+    if isinstance(delta, Tensor):
+        return bound(weight, delta)
+    return bound.factored(weight, delta) if isinstance(bound, FactoredRestraint) else bound(weight, delta.dense())
+
+
+def norm(update: Tensor | Factors) -> float:
+    """Returns the Frobenius norm of an update [d_out, d_in], summed in float64."""
+    if isinstance(update, Factors):
+        return update.norm()
+    return float(torch.linalg.vector_norm(update.detach(), dtype=torch.float64))
+
+
+def removed_share(before: Tensor | Factors, after: Tensor | Factors) -> float:
+    """Returns 1 − ‖after‖² / ‖before‖² of two updates [d_out, d_in]; negative where ``after`` is the longer one.
+
+    An update that was zero from the start lost nothing: 0.0.
+    """
+    whole = norm(before)
+    return 1.0 - (norm(after) / whole) ** 2 if whole else 0.0

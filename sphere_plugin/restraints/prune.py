@@ -32,8 +32,8 @@ from torch import Tensor
 
 from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.geometry.checks import check_weight
-from sphere_plugin.restraints.protocol import BoundRestraint, Restrained
-from sphere_plugin.restraints.rect import check_update, removed_share
+from sphere_plugin.restraints.protocol import BoundRestraint, Restrained, removed_share
+from sphere_plugin.restraints.rect import check_update
 
 GRAM_BLOCK: Final = 2048  # columns turned into float64 at a time
 
@@ -45,7 +45,8 @@ class PruneConfig:
     The formula is that of the paper and of the SPHERE authors' code; the authors apply it as a view of plain MEMIT
     weights (`prune_view`), this applies it to what is written, as this module's docstring explains. The correction
     answers for all earlier updates, so ΔW' may be longer than ΔW, and ``removed_share`` is then negative. If no
-    singular value of D exceeds s, the update comes back as it is, bit for bit.
+    singular value of D exceeds s, the update comes back as it is, bit for bit. D is not of low rank, so updates in
+    factors are made dense for it.
 
     Attributes:
         base: base of the logarithm, a number above 1; a larger one compresses more. e, the default, is the SPHERE
@@ -80,7 +81,7 @@ class _BoundPrune:
     pretrained: Tensor
     _limit: float | None = field(default=None, repr=False)
 
-    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained:
+    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained[Tensor]:
         check_update(weight, delta)
         _check_pretrained(self.pretrained, weight)
         if self._limit is None:

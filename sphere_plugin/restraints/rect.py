@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sphere_plugin.errors import ConfigError, ModelError
-from sphere_plugin.geometry.checks import check_matrix, check_weight
-from sphere_plugin.restraints.protocol import BoundRestraint, Restrained
+from sphere_plugin.geometry.checks import all_finite, check_matrix, check_weight
+from sphere_plugin.restraints.protocol import BoundRestraint, Restrained, removed_share
 
 WEIGHT_EPSILON: Final = 1e-8  # added to every entry of W before ΔW is divided by it, as in the authors' code
 
@@ -27,7 +27,8 @@ class RectConfig:
     result does not depend on the order of the entries. Where W is zero, the relative change is 1e8 |ΔW|, far above
     that of other entries, so it stays.
 
-    RECT has no state and looks at the weight as it is now, not at the pretrained one.
+    RECT has no state and looks at the weight as it is now, not at the pretrained one. It chooses among entries, so
+    updates in factors are made dense for it.
 
     Attributes:
         keep: share of entries to keep, in (0, 1]. The authors' code keeps 0.4; 1 returns the update as it is.
@@ -53,7 +54,7 @@ class RectConfig:
 class _BoundRect:
     config: RectConfig
 
-    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained:
+    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained[Tensor]:
         check_update(weight, delta)
         below = math.floor(delta.numel() * (1 - Fraction(str(self.config.keep))))
         if below == 0:
@@ -83,21 +84,10 @@ def check_update(weight: Tensor, delta: Tensor) -> None:
             if turned
             else "Pass the update of this very weight.",
         )
-    bad = delta.numel() - int(torch.isfinite(delta.detach()).sum())
-    if bad:
+    if not all_finite(delta):
+        bad = delta.numel() - int(torch.isfinite(delta.detach()).sum())
         remedy = "The method that made this update diverged: lower its learning rate, or edit fewer facts at once."
         raise ModelError("delta", f"NaN or infinite in {bad} of {delta.numel()} entries", "finite entries", remedy)
-
-
-def removed_share(before: Tensor, after: Tensor) -> float:
-    """Returns 1 − ‖after‖² / ‖before‖² of two updates [d_out, d_in]; negative where ``after`` is the longer one.
-
-    An update that was zero from the start lost nothing: 0.0.
-    """
-    whole = float(torch.linalg.vector_norm(before.detach(), dtype=torch.float64))
-    if whole == 0.0:
-        return 0.0
-    return 1.0 - (float(torch.linalg.vector_norm(after.detach(), dtype=torch.float64)) / whole) ** 2
 
 
 def _relative_change(weight: Tensor, delta: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from sphere_plugin.errors import ConfigError
-from sphere_plugin.geometry import PrincipalSpace
+from sphere_plugin.geometry import Factors, PrincipalSpace
 from sphere_plugin.geometry.checks import check_alpha, check_eta
-from sphere_plugin.restraints.protocol import BoundRestraint, Restrained
+from sphere_plugin.geometry.tracked import TrackedSpace
+from sphere_plugin.restraints.protocol import BoundRestraint, Restrained, removed_share
 
 Basis = Literal["current", "pretrained"]
 
@@ -55,13 +56,26 @@ class _BoundSphere:
     config: SphereConfig
     pretrained: Tensor
     _space: PrincipalSpace | None = field(default=None, repr=False)
+    _tracked: TrackedSpace | None = field(default=None, repr=False)
 
-    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained:
+    def __call__(self, weight: Tensor, delta: Tensor) -> Restrained[Tensor]:
         if self.config.alpha == 0.0:
             return Restrained(delta, removed_share=0.0, rank=0)
         space = self._fit(weight)
-        alpha = self.config.alpha
-        return Restrained(space.project(delta, alpha), space.removed_share(delta, alpha), space.rank)
+        kept = space.project(delta, self.config.alpha)
+        return Restrained(kept, max(0.0, removed_share(delta, kept)), space.rank)
+
+    def factored(self, weight: Tensor, delta: Factors) -> Restrained[Factors]:
+        if self.config.alpha == 0.0:
+            return Restrained(delta, removed_share=0.0, rank=0)
+        if self.config.basis == "current" and TrackedSpace.takes(weight, delta):
+            if self._tracked is None:
+                self._tracked = TrackedSpace(self.config.eta, self.config.row_normalize)
+            kept, rank = self._tracked.project(weight, delta, self.config.alpha)
+        else:
+            space = self._fit(weight)
+            kept, rank = space.project(delta, self.config.alpha), space.rank
+        return Restrained(kept, max(0.0, removed_share(delta, kept)), rank)
 
     def _fit(self, weight: Tensor) -> PrincipalSpace:
         if self.config.basis == "current":
@@ -70,4 +84,5 @@ class _BoundSphere:
             self._space = PrincipalSpace.fit(
                 self.pretrained.to(weight.device), self.config.eta, row_normalize=self.config.row_normalize
             )
+            _ = self._space.basis  # it serves many updates, and is smaller than what it is made of
         return self._space
