@@ -5,6 +5,7 @@ import torch
 
 from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.geometry import PrincipalSpace
+from sphere_plugin.geometry.checks import all_finite
 
 
 def normal(*shape):
@@ -61,3 +62,20 @@ def test_a_mismatched_delta_prints_both_shapes(method):
         getattr(space, method)(normal(6, 4))
     with pytest.raises(ModelError, match="delta's dtype"):
         getattr(space, method)(torch.ones(4, 6, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_entry_that_is_not_finite_is_seen_wherever_it_is(dtype):
+    weight = normal(7, 9).to(dtype)
+    largest = torch.finfo(dtype).max
+    weight[0, 0], weight[1, 1] = largest, largest  # their sum is infinite
+    assert all_finite(weight) and all_finite(weight.T) and all_finite(weight[:, ::2])
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for row, column in ((0, 0), (3, 5), (6, 8)):
+            broken = weight.clone()
+            broken[row, column] = value
+            assert not all_finite(broken)
+            assert not all_finite(broken.T)
+    both = weight.clone()
+    both[0, 0], both[0, 1] = float("inf"), -float("inf")
+    assert not all_finite(both)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphere_plugin.geometry import PrincipalSpace
+from sphere_plugin.geometry.principal import gram
 
 SHAPES = [(24, 60), (40, 40), (60, 24)]
 FEW = settings(deadline=None, max_examples=15, derandomize=True)
@@ -189,3 +190,12 @@ def test_a_zero_update_loses_nothing():
     space = PrincipalSpace.fit(normal(4, 6))
     assert space.removed_share(torch.zeros(4, 6)) == 0.0
     assert not space.project(torch.zeros(4, 6)).any()
+
+
+@pytest.mark.parametrize("count", [1, 5, 255, 256, 257, 600])
+def test_half_a_gram_matrix_and_its_mirror_are_the_whole(count):
+    rows = normal(count, 30, dtype=torch.float64)
+    for matrix in (rows, normal(30, count, dtype=torch.float64).T):
+        found = gram(matrix)
+        torch.testing.assert_close(found, matrix @ matrix.T)
+        torch.testing.assert_close(found, found.T)

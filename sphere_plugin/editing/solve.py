@@ -3,10 +3,10 @@
 Both are ridge regressions whose solution is ΔW = R Xᵀ, with R [d_out, u] the residuals of u facts and X [d_in, u]
 their keys seen through the inverse of what must not change:
 
-    X = (S + k kᵀ)⁻¹ k = Z (I + kᵀZ)⁻¹,  Z = S⁻¹ k            (Woodbury's identity)
+    X = (S + k kᵀ)⁻¹ k = L⁻ᵀ V (I + VᵀV)⁻¹,  S = L Lᵀ,  V = L⁻¹ k            (Woodbury's identity)
 
-S does not depend on the batch, so its Cholesky factor is kept, and a batch costs two triangular solves and a system of
-u × u: O(d_in² u). No inverse is formed. R and X come back as they are, as factors.
+S does not depend on the batch, so its Cholesky factor L is kept, and a batch costs two triangular solves and a system
+of u × u: O(d_in² u). No inverse is formed. R and X come back as they are, as factors.
 
 The systems are float64: S is made of second moments of keys, and at a condition number of 10⁴ (10⁶) float32 is wrong
 by 10⁻⁴ (10⁻²). A step of iterative refinement cures that only with a float64 residual, and then takes longer than
@@ -149,20 +149,23 @@ def with_columns(factor: Tensor, columns: Tensor) -> Tensor:
     decomposition moves what k has in the block's rows into F, and the rows below follow: O(n² u), nearly all of it in
     matrix products. Diagonal entries may become negative, which a triangular solve does not mind.
     """
-    factor = factor.clone()
     for part in torch.split(columns, KEYS, dim=1):
-        rest = part
+        updated, rest = torch.zeros_like(factor), part
         for first in range(0, factor.shape[0], BLOCK):
             strip = torch.cat([factor[first:, first : first + BLOCK], rest], dim=1)
             width = strip.shape[1] - rest.shape[1]
             strip = strip @ torch.linalg.qr(strip[:width].T, mode="complete").Q
-            factor[first:, first : first + BLOCK] = strip[:, :width].tril()
+            updated[first:, first : first + BLOCK] = strip[:, :width].tril()
             rest = strip[width:, width:]
+        factor = updated
     return factor
 
 
 def _woodbury(factor: Tensor, k: Tensor) -> Tensor:
-    """Returns (S + k kᵀ)⁻¹ k [n, u] for S = L Lᵀ, ``factor`` L [n, n] and k [n, u]."""
-    z = torch.cholesky_solve(k, factor)
-    small = torch.eye(k.shape[1], dtype=k.dtype, device=k.device) + k.T @ z
-    return torch.cholesky_solve(z.T, torch.linalg.cholesky(small)).T
+    """Returns (L Lᵀ + k kᵀ)⁻¹ k [n, u] for ``factor`` L [n, n] and k [n, u]."""
+    # Not torch.cholesky_solve: it copies L at every call, which takes longer than to solve.
+    v = torch.linalg.solve_triangular(factor, k, upper=False)
+    small = torch.eye(k.shape[1], dtype=k.dtype, device=k.device) + v.T @ v
+    v = torch.cholesky_solve(v.T, torch.linalg.cholesky(small)).T
+    x: Tensor = torch.linalg.solve_triangular(factor.T, v, upper=True)
+    return x
