@@ -36,7 +36,11 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/geometry.py
+	mkdir -p runs/bench
+	$(BIN)/python benchmarks/stages.py --json runs/bench/stages.json
+	$(BIN)/python benchmarks/editing.py --json runs/bench/editing.json
+	$(BIN)/python benchmarks/flat.py --json runs/bench/flat.json
+	test -z "$(EASYEDIT_HOME)" || $(BIN)/python benchmarks/end_to_end.py --json runs/bench/end_to_end.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
