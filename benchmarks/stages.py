@@ -9,7 +9,8 @@ of each side, and their time at the full size follows from the exponent between 
 Stages, for a weight W [d_out, d_in] and a batch of facts:
 
     projection cold        the principal space of W, the update projected and written out as a matrix
-    projection warm        the same for a weight that is followed from edit to edit (`geometry.tracked`)
+    projection warm        the same for a weight that is followed from edit to edit (`geometry.tracked`), as the editor
+                           does from 768 neurons on; each update is a hundredth as long as the weight
     closed form MEMIT      one batch, λC known
     closed form AlphaEdit  one batch, the null space known; the batch before is added to the keys of earlier edits
 
