@@ -110,7 +110,7 @@ def scoring(editor: sp.Editor, records: Sequence[Record], sample: int) -> dict[s
         took, metrics = timed(lambda request=request: evaluate(model, "llama", settings, tokenizer, request, "cpu"))
         seconds.append(took)
         theirs = float(fmean(metrics["rewrite_acc"]))
-        differing += theirs != scores.efficacy_tokens[number]
+        differing += theirs != scores.efficacy[number]
     theirs = fmean(seconds) * len(records)
     return {
         "stage": "scoring",

@@ -30,7 +30,7 @@ def test_rewrite_acc_is_the_same_to_the_last_digit(kind: str) -> None:
     model, tokenizer = pico(kind)
     records = read_records(limit=60)
     teach(model, tokenizer, [f"{record.prompt} {record.target_new}" for record in records[::2]])
-    ours = Quality(model, tokenizer, records, "Two words.", batch_tokens=300).score(len(records)).efficacy_tokens
+    ours = Quality(model, tokenizer, records, "Two words.", batch_tokens=300).score(len(records)).efficacy
     theirs = []
     for record in records:
         request = {

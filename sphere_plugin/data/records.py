@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,16 @@ class Record:
 
     Attributes:
         prompt: the sentence to complete, subject written out.
-        subject: what the fact is about.
+        subject: what the fact is about; "" where the source does not say, which is enough for scoring, and for methods
+            that need none.
         target_new: the new object.
         paraphrases: other ways to say the prompt; the edit should hold there too.
-        neighbours: prompts about other subjects; the edit should change nothing there.
+        neighbours: prompts about something else; the edit should change nothing there.
+        target_true: the object before the edit; "" where the source does not say.
+        neighbour_targets: the true answer of each neighbour, "" where it is not known; empty where none is.
+        generation_prompts: beginnings of texts about the subject, for the model to go on with.
+        reference_texts: texts about the new object, which what it writes is compared with.
+        position: the record's number in its file, from 0.
     """
 
     prompt: str
@@ -33,6 +40,20 @@ class Record:
     target_new: str
     paraphrases: tuple[str, ...]
     neighbours: tuple[str, ...]
+    target_true: str = ""
+    neighbour_targets: tuple[str, ...] = ()
+    generation_prompts: tuple[str, ...] = ()
+    reference_texts: tuple[str, ...] = ()
+    position: int = 0
+
+    def __post_init__(self) -> None:
+        if self.neighbour_targets and len(self.neighbour_targets) != len(self.neighbours):
+            raise RequestError(
+                "neighbour_targets",
+                len(self.neighbour_targets),
+                f"one for each of {len(self.neighbours)} neighbours, or none at all",
+                'Write "" for those that are not known.',
+            )
 
 
 def own_text() -> str:
@@ -40,13 +61,14 @@ def own_text() -> str:
     return files("sphere_plugin.data").joinpath("heldout.txt").read_text(encoding="utf-8")
 
 
-def read_records(path: Path | None = None, limit: int | None = None) -> list[Record]:
-    """Read facts in file order, each prompt once.
+def read_records(path: Path | None = None, limit: int | None = None, order: int | None = None) -> list[Record]:
+    """Read facts, each prompt once.
 
     Args:
-        path: a JSON array of records: CounterFact's original schema, EasyEdit's flat one, or ZsRE's (whose edits go
-            towards ``alt``, as EasyEdit's do). None reads the project's own facts.
+        path: a JSON array of records: CounterFact's original schema, EasyEdit's flat one, KnowEdit's, or ZsRE's (whose
+            edits go towards ``alt``, as EasyEdit's do). None reads the project's own facts.
         limit: at most so many.
+        order: seed of a shuffle before anything is left out; None: the order of the file.
 
     Raises:
         RequestError: the file is no such array, or has fewer usable records than ``limit``; names the record.
@@ -61,21 +83,41 @@ def read_records(path: Path | None = None, limit: int | None = None) -> list[Rec
         raise RequestError("data", where, f"a JSON array ({error})", _FORMATS) from error
     if not isinstance(content, list):
         raise RequestError("data", f"{where}: {type(content).__name__}", "a JSON array of records", _FORMATS)
+    return _records(content, where, limit, order)
+
+
+def records_of(items: Iterable[Mapping[str, Any]], limit: int | None = None, order: int | None = None) -> list[Record]:
+    """The records of a list in memory, or of a dataset object of EasyEdit's; see :func:`read_records`.
+
+    EasyEdit's ZsreDataset leaves the subjects out. Its records can be scored, but not edited by methods that look for
+    the subject: read the file itself for those.
+    """
+    if isinstance(items, Mapping | str) or not (hasattr(items, "__iter__") or hasattr(items, "__getitem__")):
+        raise RequestError("items", items, "a list or a dataset of records", "Write [record] for a single one.")
+    content = [{"subject": "", **item} if isinstance(item, Mapping) else item for item in items]
+    return _records(content, "items", limit, order, nameless=True)
+
+
+def _records(
+    content: Sequence[Any], where: str, limit: int | None, order: int | None, nameless: bool = False
+) -> list[Record]:
+    """``nameless``: records without a subject will do."""
+    numbers = list(range(len(content)))
+    if order is not None:
+        random.Random(order).shuffle(numbers)
     records: dict[str, Record] = {}
     unusable: list[str] = []
-    for number, raw in enumerate(content):
+    for number in numbers:
         if limit is not None and len(records) == limit:
             break
+        record = _record(content[number], f"{where}[{number}]")
         try:
-            record = _reader(raw, f"{where}[{number}]")(raw)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"{where}[{number}]", raw, f"all fields of its schema ({error!r})", _FORMATS) from error
-        try:
-            read_request({"prompt": record.prompt, "subject": record.subject, "target_new": record.target_new}, where)
+            subject = record.subject or record.prompt if nameless else record.subject
+            read_request({"prompt": record.prompt, "subject": subject, "target_new": record.target_new}, where)
         except RequestError as error:
             unusable.append(f"[{number}] {error}")
             continue
-        records.setdefault(record.prompt, record)
+        records.setdefault(record.prompt, replace(record, position=number))
     if unusable:
         _LOG.warning("%d records of %s are left out, the first: %s", len(unusable), where, unusable[0])
     if not records or (limit is not None and len(records) < limit):
@@ -84,46 +126,104 @@ def read_records(path: Path | None = None, limit: int | None = None) -> list[Rec
     return list(records.values())
 
 
-_FORMATS = "CounterFact, EasyEdit's flat CounterFact and ZsRE files can be read; see docs/data.md."
+_FORMATS = "CounterFact, EasyEdit's flat CounterFact, KnowEdit and ZsRE files can be read; see docs/data.md."
 
 
-def _reader(raw: object, where: str) -> Callable[[Mapping[str, Any]], Record]:
+def _record(raw: object, where: str) -> Record:
+    if not isinstance(raw, Mapping):
+        raise RequestError(where, raw, "a record", _FORMATS)
+    reader = _reader(raw, where)
+    try:
+        record = reader(raw)
+        return replace(
+            record,
+            generation_prompts=_texts(raw.get("generation_prompts")),
+            reference_texts=_texts(raw.get("reference_texts")),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RequestError(where, raw, f"all fields of its schema ({error!r})", _FORMATS) from error
+    except RequestError as error:
+        raise RequestError(f"{where}.{error.culprit}", error.got, error.expected, error.remedy) from error
+
+
+def _reader(raw: Mapping[str, Any], where: str) -> Callable[[Mapping[str, Any]], Record]:
     """Which schema a record follows, by the keys it has."""
-    if isinstance(raw, Mapping):
-        if "requested_rewrite" in raw:
-            return _counterfact
-        if {"src", "alt", "subject"} <= raw.keys():
-            return _zsre
-        if {"prompt", "target_new", "subject"} <= raw.keys():
-            return _flat
-        raise RequestError(where, sorted(map(str, raw)), "the keys of a known schema", _FORMATS)
-    raise RequestError(where, raw, "a record", _FORMATS)
+    if "requested_rewrite" in raw:
+        return _counterfact
+    if {"src", "alt", "subject"} <= raw.keys():
+        return _zsre
+    if {"prompt", "target_new"} <= raw.keys():
+        return _flat
+    raise RequestError(where, sorted(map(str, raw)), "the keys of a known schema", _FORMATS)
 
 
 def _counterfact(raw: Mapping[str, Any]) -> Record:
+    """Every neighbourhood prompt has the true object for its answer; our own facts give each its own."""
     rewrite = raw["requested_rewrite"]
+    true = _first(rewrite.get("target_true"))
+    neighbours = _texts(raw.get("neighborhood_prompts"))
     return Record(
         prompt=rewrite["prompt"].replace("{}", rewrite["subject"]),
         subject=rewrite["subject"],
         target_new=rewrite["target_new"]["str"],
-        paraphrases=tuple(raw.get("paraphrase_prompts", ())),
-        neighbours=tuple(raw.get("neighborhood_prompts", ())),
+        paraphrases=_texts(raw.get("paraphrase_prompts")),
+        neighbours=neighbours,
+        target_true=true,
+        neighbour_targets=_known(_texts(raw.get("neighborhood_targets")) or (true,) * len(neighbours)),
     )
 
 
 def _zsre(raw: Mapping[str, Any]) -> Record:
-    return Record(raw["src"], raw["subject"], raw["alt"], _some(raw.get("rephrase")), _some(raw.get("loc")))
+    neighbours = _some(raw.get("loc"))
+    return Record(
+        prompt=raw["src"],
+        subject=raw["subject"],
+        target_new=raw["alt"],
+        paraphrases=_some(raw.get("rephrase")),
+        neighbours=neighbours,
+        target_true=_first(raw.get("answers")),
+        neighbour_targets=_known((_first(raw.get("loc_ans")),) * len(neighbours)),
+    )
 
 
 def _flat(raw: Mapping[str, Any]) -> Record:
+    """EasyEdit's flat CounterFact and KnowEdit's files, and the items of EasyEdit's dataset objects for either."""
+    groups: list[Any] = [*(raw.get("locality") or {}).values(), raw.get("locality_rs"), raw.get("locality_f")]
+    around = [(prompt, _first(raw.get("locality_ground_truth"))) for prompt in _some(raw.get("locality_prompt"))]
+    around += [(item["prompt"], _first(item.get("ground_truth"))) for group in groups for item in group or ()]
     return Record(
         prompt=raw["prompt"],
-        subject=raw["subject"],
+        subject=raw["subject"] or "",
         target_new=raw["target_new"],
         paraphrases=_some(raw.get("rephrase_prompt")),
-        neighbours=_some(raw.get("locality_prompt")),
+        neighbours=_texts([prompt for prompt, _ in around]),
+        target_true=_first(raw.get("ground_truth")),
+        neighbour_targets=_known(tuple(truth for _, truth in around)),
     )
 
 
 def _some(text: object) -> tuple[str, ...]:
     return (text,) if isinstance(text, str) and text.strip() else ()
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """A list of texts, or nothing."""
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"{value!r} is no list of texts")
+    return tuple(value)
+
+
+def _first(answers: object) -> str:
+    """An answer as it stands in a file: a text, CounterFact's object, or lists of what it may be called."""
+    if isinstance(answers, list | tuple):
+        return next((text for text in map(_first, answers) if text), "")
+    if isinstance(answers, Mapping):
+        answers = answers.get("str")
+    return answers if isinstance(answers, str) and answers.strip() else ""
+
+
+def _known(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The targets, or nothing where none is known."""
+    return targets if any(targets) else ()

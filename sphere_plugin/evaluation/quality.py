@@ -1,58 +1,29 @@
-"""Efficacy, Generalization and Specificity of all edits so far (paper D.2), perplexity, and hyperspherical energy.
+"""What is asked of an edited model (paper D.2), and what the answers are worth.
 
-Protocol: teacher forcing on the plain prompt. An edit counts as kept where every token of its target is the model's
-first choice (strict; the share of tokens is given beside it). Specificity is the share of neighbourhood prompts whose
-next token is still the unedited model's first choice (eq. 61, 64).
+Teacher forcing on the plain prompt, without a chat template. Targets are compared by the mean log-probability of their
+tokens, as in MEMIT's code: P is per token, so that a longer answer is not the less probable one for its length.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sphere_plugin.data import Record
 from sphere_plugin.editing.locate import continuation
-from sphere_plugin.editing.requests import read_request
-from sphere_plugin.errors import RequestError
-from sphere_plugin.models.forward import longest_text, pad_right, trunk
-from sphere_plugin.models.memory import work_through
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.evaluation.consistency import Consistency
+from sphere_plugin.evaluation.decoder import Decoder
+from sphere_plugin.evaluation.generation import LENGTH, Start, ngram_entropy, words, write
+from sphere_plugin.evaluation.perplexity import mean_nll, windows
+from sphere_plugin.evaluation.predict import Ask, Said, predict
+from sphere_plugin.evaluation.scores import METRICS, Scores
 
-# Tokens of the held-out text read at once; bounds the memory its logits take.
-TEXT_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores after some edits.
-
-    Attributes:
-        edits: how many records have been edited; all of them are scored.
-        efficacy: per record, 1.0 where the whole target follows the prompt.
-        generalization: per record, the share of its paraphrases where it does.
-        specificity: per record, the share of its neighbourhood prompts with the unedited model's next token.
-        efficacy_tokens: per record, the share of target tokens that are the first choice behind the prompt.
-        nll: mean negative log-likelihood of a token of the held-out text, in nats.
-    """
-
-    edits: int
-    efficacy: tuple[float, ...]
-    generalization: tuple[float, ...]
-    specificity: tuple[float, ...]
-    efficacy_tokens: tuple[float, ...]
-    nll: float
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """Token ids, and the tokens asked for at the end; none asks for the next token."""
-
-    ids: tuple[int, ...]
-    targets: tuple[int, ...]
+Progress = Callable[[int], None]
+Numbers = dict[str, float | None]
 
 
 class Quality:
@@ -63,8 +34,13 @@ class Quality:
         tokenizer: its tokenizer.
         records: in the order in which they will be edited.
         text: held-out text for perplexity.
-        neighbours: neighbourhood prompts scored per record.
+        neighbours: neighbourhood prompts scored per record; None: all.
         batch_tokens: tokens in one forward pass.
+        seed: of the texts that fluency and consistency are measured on.
+
+    Raises:
+        RequestError: the held-out text is too short, or a target has no tokens.
+        HostError: records have reference texts, and scikit-learn is missing.
     """
 
     def __init__(
@@ -73,132 +49,153 @@ class Quality:
         tokenizer: Any,
         records: Sequence[Record],
         text: str,
-        neighbours: int = 2,
+        neighbours: int | None = 2,
         batch_tokens: int = 4096,
+        seed: int = 0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.records = list(records)
         self.batch_tokens = batch_tokens
-        self._edits = [self._target_prompts(record, [record.prompt]) for record in self.records]
-        self._paraphrases = [self._target_prompts(record, record.paraphrases) for record in self.records]
-        self._neighbours = [
-            [_Prompt(self._encode(prompt), ()) for prompt in record.neighbours[:neighbours]] for record in self.records
-        ]
-        self._text = self._windows(text)
-        self._unedited = self._predict([prompt for group in self._neighbours for prompt in group])
+        self.seed = seed
+        self._decoder = Decoder(model)
+        self._asks = [self._asked(record, neighbours) for record in self.records]
+        self._text = windows(model, tokenizer, text)
+        references = [text for record in self.records for text in record.reference_texts]
+        self._consistency = Consistency(references) if references else None
+        apart = [Ask(ask.ids) for _, _, around in self._asks for ask in around]
+        unedited = iter(predict(self._decoder, apart, batch_tokens))
+        self._unedited = [[next(unedited).next for _ in around] for _, _, around in self._asks]
 
-    def _windows(self, text: str) -> list[tuple[int, ...]]:
-        """Token ids of the text's paragraphs, cut where the model's context or a limit of memory ends."""
-        size = min(TEXT_TOKENS, longest_text(self.model, TEXT_TOKENS))
-        parts = [self._encode(part) for part in text.split("\n\n") if part.strip()]
-        windows = [ids[first : first + size] for ids in parts for first in range(0, len(ids), size)]
-        scored = [ids for ids in windows if len(ids) > 1]
-        if not scored:
-            raise RequestError("held-out text", text[:80], "a paragraph of two tokens or more", "Give a longer text.")
-        return scored
+    def prompts(self, edits: int, which: Sequence[int] | None = None, fluency: bool | int = 0) -> int:
+        """How many prompts :meth:`score` reads, or writes behind, for these arguments."""
+        chosen = self._chosen(edits, which)
+        read = sum(len(kind) for position in chosen for kind in self._asks[position])
+        return read + sum(len(self.records[position].generation_prompts) for position in chosen if fluency)
 
-    def prompts(self, edits: int) -> int:
-        """How many prompts :meth:`score` reads for so many edits."""
-        kinds = (self._edits, self._paraphrases, self._neighbours)
-        return sum(len(group) for kind in kinds for group in kind[:edits])
+    def score(
+        self,
+        edits: int,
+        which: Sequence[int] | None = None,
+        progress: Progress | None = None,
+        fluency: bool | int = 0,
+    ) -> Scores:
+        """Score the model as it is now.
 
-    def score(self, edits: int, progress: Callable[[int], None] | None = None) -> Scores:
-        """Score the first ``edits`` records; ``progress`` is told the number of prompts done."""
-        asked = self._edits[:edits], self._paraphrases[:edits], self._neighbours[:edits]
-        flat = [prompt for kind in asked for group in kind for prompt in group]
-        said = iter(self._predict(flat, progress))
-        efficacy = [[next(said) for _ in group] for group in asked[0]]
-        generalization = [[next(said) for _ in group] for group in asked[1]]
-        neighbours = [next(said) for group in asked[2] for _ in group]
-        same = iter(float(now == before) for now, before in zip(neighbours, self._unedited, strict=False))
-        return Scores(
-            edits=edits,
-            efficacy=tuple(_strict(g, p) for g, p in zip(efficacy, asked[0], strict=True)),
-            generalization=tuple(_strict(g, p) for g, p in zip(generalization, asked[1], strict=True)),
-            specificity=tuple(_mean([next(same) for _ in group]) for group in asked[2]),
-            efficacy_tokens=tuple(_tokens(g, p) for g, p in zip(efficacy, asked[0], strict=True)),
-            nll=self.nll(),
-        )
+        Args:
+            edits: how many records have been edited.
+            which: positions of those that are scored; None: all of them.
+            progress: told the number of prompts done.
+            fluency: tokens of the texts that fluency and consistency are measured on, prompt included; True: 100, as
+                in the papers. False or 0: neither is scored, for writing takes longer than all else.
 
-    @torch.no_grad()
+        Raises:
+            ConfigError: ``which`` names a record that has not been edited, or one twice.
+        """
+        chosen = self._chosen(edits, which)
+        flat = [ask for position in chosen for kind in self._asks[position] for ask in kind]
+        said = iter(predict(self._decoder, flat, self.batch_tokens, progress))
+        rows: list[Numbers] = []
+        for position in chosen:
+            asked = self._asks[position]
+            prompt, paraphrases, around = ([next(said) for _ in kind] for kind in asked)
+            row = _kept("efficacy", asked[0], prompt) | _kept("generalization", asked[1], paraphrases)
+            row |= _kept("specificity", asked[2], around)
+            same = zip(around, self._unedited[position], strict=True)
+            rows.append(row | {"locality": _mean(float(now.next == before) for now, before in same)})
+        if fluency:
+            length = LENGTH if fluency is True else fluency
+            for row, numbers in zip(rows, self._written(chosen, length, progress), strict=True):
+                row |= numbers
+        columns = {name: tuple(row.get(name) for row in rows) for name in METRICS}
+        return Scores(edits=edits, scored=tuple(chosen), nll=self.nll(), **columns)
+
+    def efficacy(self, which: Sequence[int]) -> list[float | None]:
+        """Share of the target's tokens that are the first choice behind the prompt, of the records at ``which``."""
+        asks = [self._asks[position][0] for position in which]
+        said = iter(predict(self._decoder, [ask for kind in asks for ask in kind], self.batch_tokens))
+        return [_kept("efficacy", kind, [next(said) for _ in kind])["efficacy"] for kind in asks]
+
+    def texts(self, which: Sequence[int], tokens: int) -> list[str]:
+        """What the model writes behind the prompt of each record at ``which``, first choices only, prompt left out."""
+        found = []
+        for position in which:
+            start = self._ids(self.records[position].prompt.rstrip())
+            written = write(self._decoder, [Start(start, 0)], len(start) + tokens, top_k=1)[0]
+            found.append(str(self.tokenizer.decode(list(written[len(start) :]), skip_special_tokens=True)))
+        return found
+
     def nll(self) -> float:
         """Mean negative log-likelihood of a token of the held-out text, in nats."""
-        total, count = 0.0, 0
-        for ids in self._text:
-            tokens = torch.tensor([ids], device=self._device)
-            logits = self._head(self._hidden(tokens, torch.ones_like(tokens))[0, :-1]).float()
-            total += float(nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
-            count += len(ids) - 1
-        return total / count
+        return mean_nll(self._decoder, self._text)
 
-    def _target_prompts(self, record: Record, prompts: Sequence[str]) -> list[_Prompt]:
-        request = {"prompt": record.prompt, "subject": record.subject, "target_new": record.target_new}
-        target = read_request(request, record.prompt).target
-        asked = []
-        for prompt in prompts:
-            tokens = continuation(self.tokenizer, prompt.rstrip(), target)
-            asked.append(_Prompt(self._encode(prompt) + tokens[:-1], tokens))
-        return asked
+    def _chosen(self, edits: int, which: Sequence[int] | None) -> list[int]:
+        chosen = list(range(min(edits, len(self.records))) if which is None else which)
+        wrong = [place for place in chosen if not 0 <= place < min(edits, len(self.records))]
+        if wrong or len(set(chosen)) < len(chosen):
+            value = wrong or sorted({place for place in chosen if chosen.count(place) > 1})
+            raise ConfigError(
+                "which", value, f"each a position below {edits}, once", "Name records that have been edited."
+            )
+        return chosen
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text.rstrip())["input_ids"])
+    def _asked(self, record: Record, neighbours: int | None) -> tuple[list[Ask], list[Ask], list[Ask]]:
+        """The prompt, the paraphrases and the neighbourhood prompts, each with the right target first."""
+        truths = record.neighbour_targets or ("",) * len(record.neighbours)
+        around = list(zip(record.neighbours, truths, strict=True))[:neighbours]
+        return (
+            [self._ask(record.prompt, record.target_new, record.target_true)],
+            [self._ask(prompt, record.target_new, record.target_true) for prompt in record.paraphrases],
+            [self._ask(prompt, truth, record.target_new if truth else "") for prompt, truth in around],
+        )
 
-    @torch.no_grad()
-    def _predict(
-        self, prompts: Sequence[_Prompt], progress: Callable[[int], None] | None = None
-    ) -> list[tuple[int, ...]]:
-        """The model's first choices for the asked tokens of every prompt, in the order given."""
-        choices: list[tuple[int, ...]] = [()] * len(prompts)
-        ordered = sorted(range(len(prompts)), key=lambda number: len(prompts[number].ids))
-        for batch, said in work_through(
-            ordered,
-            lambda number: len(prompts[number].ids),
-            self.batch_tokens,
-            lambda batch: self._choices([prompts[number] for number in batch]),
-        ):
-            for number, choice in zip(batch, said, strict=True):
-                choices[number] = choice
-            if progress is not None:
-                progress(len(batch))
-        return choices
+    def _ask(self, prompt: str, *targets: str) -> Ask:
+        prompt = prompt.rstrip()
+        spaced = [target if target.startswith(" ") else f" {target}" for target in targets if target.strip()]
+        return Ask(self._ids(prompt), tuple(continuation(self.tokenizer, prompt, target) for target in spaced))
 
-    def _choices(self, prompts: Sequence[_Prompt]) -> list[tuple[int, ...]]:
-        """The same for one batch."""
-        ids, mask = pad_right([prompt.ids for prompt in prompts])
-        asked = [max(1, len(prompt.targets)) for prompt in prompts]
-        places = [
-            (row, len(prompt.ids) - back) for row, prompt in enumerate(prompts) for back in range(asked[row], 0, -1)
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text)["input_ids"])
+
+    def _written(self, chosen: Sequence[int], length: int, progress: Progress | None) -> list[Numbers]:
+        """Fluency and consistency of what the model writes about each record."""
+        starts = [
+            [
+                Start(self._ids(prompt.rstrip()), _seed(self.seed, self.records[position].prompt, number))
+                for number, prompt in enumerate(self.records[position].generation_prompts)
+            ]
+            for position in chosen
         ]
-        rows, columns = torch.tensor(places).unbind(dim=1)
-        hidden = self._hidden(ids.to(self._device), mask.to(self._device))
-        said = self._head(hidden[rows, columns]).argmax(dim=1)
-        return [tuple(part.tolist()) for part in torch.split(said, asked)]
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden: Tensor = trunk(self.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.model.get_output_embeddings()(hidden)  # type: ignore[operator]
-        return logits
+        flat = [start for group in starts for start in group]
+        written = write(self._decoder, flat, length, batch_tokens=self.batch_tokens, progress=progress)
+        texts = iter(self.tokenizer.batch_decode([list(ids) for ids in written], skip_special_tokens=True))
+        rows: list[Numbers] = []
+        for position, group in zip(chosen, starts, strict=True):
+            own, references = [next(texts) for _ in group], self.records[position].reference_texts
+            alike = self._consistency.score(own, references) if self._consistency and own and references else None
+            entropies = [ngram_entropy(words(text)) for text in own]
+            rows.append({"fluency": _mean(value for value in entropies if value is not None), "consistency": alike})
+        return rows
 
 
-def _strict(said: Sequence[tuple[int, ...]], prompts: Sequence[_Prompt]) -> float:
-    return _mean([float(tokens == prompt.targets) for tokens, prompt in zip(said, prompts, strict=True)])
+def _seed(seed: int, prompt: str, number: int) -> int:
+    """A seed that depends on the record and the text, and on nothing beside them."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}/{prompt}".encode()).digest()[:7])
 
 
-def _tokens(said: Sequence[tuple[int, ...]], prompts: Sequence[_Prompt]) -> float:
-    shares = [
-        _mean([float(a == b) for a, b in zip(tokens, prompt.targets, strict=True)])
-        for tokens, prompt in zip(said, prompts, strict=True)
-    ]
-    return _mean(shares)
+def _kept(name: str, asks: Sequence[Ask], said: Sequence[Said]) -> Numbers:
+    """Share of tokens, share of whole targets, and preference over the other target; of prompts that have them."""
+    shares, whole, first = [], [], []
+    for ask, answer in zip(asks, said, strict=True):
+        for told, target in zip(answer.targets[:1], ask.targets, strict=False):
+            right = [float(a == b) for a, b in zip(told.choices, target, strict=True)]
+            shares.append(sum(right) / len(right))
+            whole.append(float(told.choices == target))
+        if len(answer.targets) == 2:
+            first.append(float(answer.targets[0].logprob > answer.targets[1].logprob))
+    return {name: _mean(shares), f"{name}_exact": _mean(whole), f"{name}_success": _mean(first)}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return sum(known) / len(known) if known else None

@@ -38,9 +38,9 @@ def numbers(checkpoint: Mapping[str, Any], unedited: Mapping[str, Any]) -> list[
     ]
 
 
-def mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float | None]) -> float:
     """The mean of the numbers among ``values``; NaN if there are none."""
-    kept = [value for value in values if not math.isnan(value)]
+    kept = [value for value in values if value is not None and not math.isnan(value)]
     return sum(kept) / len(kept) if kept else math.nan
 
 

@@ -72,7 +72,7 @@ class SequentialRun:
         anatomy = self.editor.apply_algo.editor.anatomy
         weights = [rewrite.weight for rewrite in anatomy.rewrites.values()]
         energy = {s: [hyperspherical_energy(weight, s) for weight in weights] for s in ORDERS}
-        scores = self.quality.score(edits, lambda prompts: self._progress(0, prompts))
+        scores = self.quality.score(edits, progress=lambda prompts: self._progress(0, prompts))
         return Checkpoint(scores, energy, list(fresh), seconds)
 
     def __iter__(self) -> Iterator[Checkpoint]:
