@@ -14,9 +14,13 @@ from sphere_plugin._version import __version__
 
 if TYPE_CHECKING:
     from sphere_plugin.callback import SphereCallback
+    from sphere_plugin.easyedit.journal import journal
     from sphere_plugin.editing import EditingConfig, Editor
     from sphere_plugin.errors import CacheError, ConfigError, HostError, ModelError, RequestError, SphereError
     from sphere_plugin.geometry import PrincipalSpace, energy_change, hyperspherical_energy
+    from sphere_plugin.journaling.delta import apply_delta
+    from sphere_plugin.journaling.exporting import export
+    from sphere_plugin.journaling.undoing import undo
     from sphere_plugin.peft import project_adapter, project_saved_adapter
     from sphere_plugin.restraints import Chain, PruneConfig, RectConfig, SphereConfig
 
@@ -39,12 +43,16 @@ __all__ = [
     "SphereError",
     "SphereHyperParams",
     "__version__",
+    "apply_delta",
     "energy_change",
+    "export",
     "hyperspherical_energy",
+    "journal",
     "load_model",
     "project_adapter",
     "project_saved_adapter",
     "register",
+    "undo",
     "unregister",
 ]
 
@@ -56,10 +64,14 @@ _HOME = MappingProxyType(
         "geometry": ("PrincipalSpace", "energy_change", "hyperspherical_energy"),
         "restraints": ("Chain", "PruneConfig", "RectConfig", "SphereConfig"),
         "editing": ("EditingConfig", "Editor"),
+        "journaling.delta": ("apply_delta",),
+        "journaling.exporting": ("export",),
+        "journaling.undoing": ("undo",),
         "models": ("load_model",),
         "peft": ("project_adapter", "project_saved_adapter"),
         "callback": ("SphereCallback",),
         "easyedit.hparams": ("PruneHyperParams", "RectHyperParams", "SphereHyperParams"),
+        "easyedit.journal": ("journal",),
         "easyedit.registration": ("register", "unregister"),
     }
 )

@@ -11,6 +11,7 @@ never writes to the weight it belongs to, so `basis: current` and `pretrained` b
 
 - ``project_adapter``: write a projected LoRA beside the raw one, in a live model.
 - ``project_saved_adapter``: the same, from folder to folder.
+- ``save_lora``: write factors of updates as a LoRA.
 - ``lora_layers``, ``check_adapter``, ``check_layer``, ``base_weight``, ``project_layers``: what others take.
 """
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from sphere_plugin.errors import ConfigError, HostError, ModelError, SphereError
 from sphere_plugin.files import atomic_folder, read_json, write_json, write_tensors
-from sphere_plugin.geometry import PrincipalSpace, is_transposed, neurons
+from sphere_plugin.geometry import Factors, PrincipalSpace, is_transposed, neurons
 from sphere_plugin.models import load_model
 from sphere_plugin.projection import LayerProjection, ProjectionReport, reported
 from sphere_plugin.restraints import SphereConfig
@@ -109,7 +110,7 @@ def project_saved_adapter(
         CacheError: a file cannot be read, or ``target`` cannot be written.
     """
     peft, config = _peft(), config or SphereConfig()
-    _refuse_existing(target)
+    refuse_existing(target)
     settings, tensors = _saved(source)
     model, _ = load_model(base, dtype)
     try:
@@ -124,7 +125,7 @@ def project_saved_adapter(
     projected = project_layers(layers, "default", config)
     tensors.update({key: projected[title][0].to(tensors[key].dtype) for key, title in titles.items()})
     report = reported(target.name, {title: layer for title, (_, layer) in projected.items()})
-    with atomic_folder(target, keep=_refuse_existing) as folder:
+    with atomic_folder(target, keep=refuse_existing) as folder:
         write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
         write_json(folder / "adapter_config.json", settings)
         write_json(folder / "sphere.json", _record(report, base, config))
@@ -289,7 +290,33 @@ def _saved(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return settings, tensors
 
 
-def _refuse_existing(target: Path) -> bool:
+def save_lora(folder: Path, updates: Mapping[str, Factors], transposed: bool, base: str | None) -> None:
+    """Fill an empty ``folder`` with a LoRA that adds W + B·A, in PEFT's format.
+
+    Args:
+        folder: the folder.
+        updates: name of a layer's weight -> B [d_out, r] and Aᵀ [d_in, r], r the same for all.
+        transposed: whether the layers store their weights as [d_in, d_out], as Conv1D does.
+        base: name of the model the layers are in.
+
+    Raises:
+        HostError: PEFT is not installed.
+    """
+    titles = {name: name.removesuffix(".weight") for name in updates}
+    rank = next(iter(updates.values())).left.shape[1]
+    _peft().LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=sorted(titles.values()), fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
+    ).save_pretrained(str(folder))  # fmt: skip
+    sides = {}
+    for name, factors in updates.items():
+        sides[f"base_model.model.{titles[name]}.lora_A.weight"] = factors.right.T
+        sides[f"base_model.model.{titles[name]}.lora_B.weight"] = factors.left
+    write_tensors(folder / "adapter_model.safetensors", sides, {"format": "pt"})
+
+
+def refuse_existing(target: Path) -> bool:
+    """Raise ConfigError if something is there; for ``atomic_folder``, which asks whether to keep it, never True."""
     if target.exists():
         raise ConfigError("the target", str(target), "a path where nothing is", "Choose another folder, or remove it.")
     return False

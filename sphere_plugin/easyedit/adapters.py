@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_plugin.editing.account import Touched, log_apply
-from sphere_plugin.journal import all_or_nothing
+from sphere_plugin.journaling import all_or_nothing
 from sphere_plugin.peft import base_weight, check_layer, lora_layers, project_layers
 from sphere_plugin.projection import LayerProjection
 from sphere_plugin.restraints import SphereConfig

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sphere_plugin.easyedit.hparams import SphereHyperParams
 from sphere_plugin.editing import Editor
-from sphere_plugin.journal import Snapshot
+from sphere_plugin.editing.account import EditReport
+from sphere_plugin.journaling import Snapshot
 from sphere_plugin.progress import Bars
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -27,10 +28,16 @@ class Session:
     """SPHERE on one model: what the editor of :mod:`sphere_plugin.editing` remembers, remembered here.
 
     Each BaseEditor gets a session of its own, so nothing passes from one to another.
+
+    Attributes:
+        restoring: see :data:`Restoring`.
+        editor: made when first needed.
+        report: of the last batch.
     """
 
     restoring: Restoring
     editor: Editor | None = None
+    report: EditReport | None = None
 
     def open(self, model: nn.Module, tok: Any, hparams: object) -> Editor:
         """The editor for ``model`` and these settings; a new one where the model is another, or too much has changed.
@@ -78,7 +85,7 @@ class Session:
         editor = self.open(model, tok, hparams)
         wanted = return_orig_weights and (self.restoring == "by editor" or keep_original_weight)
         before = Snapshot.take(editor.anatomy.weights if wanted else {})
-        editor.apply(requests)
+        self.report = editor.apply(requests)
         return model, dict(before.tensors)
 
 

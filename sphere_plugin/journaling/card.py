@@ -1,0 +1,69 @@
+"""What a reader of exported edits has to know: the README of the folder, and the list of all edits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from sphere_plugin._version import __version__
+from sphere_plugin.journaling.store import Journal
+
+# How many edits the README itself lists.
+LISTED: Final = 20
+
+
+def facts_of(journal: Journal, batches: int) -> list[dict[str, Any]]:
+    """The facts of the first ``batches`` batches, in their order: prompt, subject and target_new of each."""
+    records = (journal.record(number) for number in range(1, batches + 1))
+    keys = ("prompt", "subject", "target_new")
+    return [{key: fact.get(key) for key in keys} for record in records for fact in record.get("facts", ())]
+
+
+def card(manifest: Mapping[str, Any], edits: int, facts: list[dict[str, Any]], errors: Mapping[str, float]) -> str:
+    """The text of a README.md.
+
+    Args:
+        manifest: of the run.
+        edits: how many are in what is exported.
+        facts: those, see `facts_of`.
+        errors: of an adapter, weight -> share of the update that it misses; empty for the edited model itself.
+    """
+    return "\n".join(_lines(manifest, edits, facts, errors)) + "\n"
+
+
+def _lines(
+    manifest: Mapping[str, Any], edits: int, facts: list[dict[str, Any]], errors: Mapping[str, float]
+) -> Iterator[str]:
+    base = manifest.get("model", {}).get("name") or "a model without a name"
+    what = "edits as a LoRA adapter" if errors else "an edited model"
+    yield from ("---", f"base_model: {json.dumps(base)}", "tags:", "- knowledge-editing", "---", "")
+    yield from (f"# {base}: {what}", "")
+    yield f"**This is {what}: it says things that its training data does not.** The weights of {base} were changed"
+    yield f"to write {edits} {'fact' if edits == 1 else 'facts'} into them; all of them are in `edits.json`."
+    yield from ("", "| | |", "|---|---|", f"| edits | {edits} |")
+    yield from (f"| {key} | {value} |" for key, value in _settings(manifest))
+    yield f"| fingerprint of the unedited weights | `{manifest.get('model', {}).get('weights')}` |"
+    yield from ("", f"Made with sphere-plugin {__version__}.", "")
+    if errors:
+        yield from ("The adapter approximates each update ΔW by B·A of its rank. What it misses:", "")
+        yield from ("| weight | ‖ΔW − BA‖ / ‖ΔW‖ |", "|---|---|")
+        yield from (f"| `{name}` | {error:.4g} |" for name, error in errors.items())
+        yield ""
+    shown = facts[:LISTED]
+    if shown:
+        yield from (f"The first {len(shown)} of {len(facts)} edits:" if len(facts) > LISTED else "The edits:", "")
+        yield "````text"
+        for number, fact in enumerate(shown, 1):
+            prompt, target = (json.dumps(fact[key], ensure_ascii=False) for key in ("prompt", "target_new"))
+            yield f"{number}. {prompt} -> {target}"
+        yield "````"
+
+
+def _settings(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    method = manifest.get("method", {})
+    yield "method", manifest.get("label") or method.get("alg_name")
+    hparams = method.get("hparams", {})
+    for key in ("eta", "alpha", "basis", "sphere", "layers", "seed"):
+        if hparams.get(key) is not None:
+            yield key, hparams[key]

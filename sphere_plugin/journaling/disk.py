@@ -1,0 +1,90 @@
+"""Files of a journal: read with what to do about a damaged one, moved, and tied to each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sphere_plugin.errors import CacheError
+from sphere_plugin.files import read_json, read_tensors
+
+
+def numbered(folder: Path) -> list[int]:
+    """The numbers of the JSON files in a folder that are called by a number."""
+    return [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
+
+
+def lost(number: int) -> str:
+    """What to do when a file of batch ``number`` cannot be read; 0: the first file of the journal."""
+    if number < 1:
+        return "Put a copy of the file back; without it the run has to be done again."
+    return f"Put a copy of the file back, or undo batch {number} and those after it."
+
+
+def header(path: Path, number: int) -> tuple[frozenset[str], dict[str, str]]:
+    """The names of the tensors in a file of batch ``number``, and its metadata; what they say is not checked."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return frozenset(file.keys()), dict(file.metadata() or {})
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise CacheError(str(path), why, "a file of a journal", lost(number)) from error
+
+
+def tensors(path: Path, number: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in a file of batch ``number``, and its metadata, to the bit as they were written."""
+    try:
+        return read_tensors(path)
+    except CacheError as error:
+        raise CacheError(error.culprit, error.got, error.expected, lost(number)) from error
+
+
+def read_record(path: Path, beside: Path, number: int) -> dict[str, Any]:
+    """The record of batch ``number`` in a JSON file, as the file of tensors ``beside`` it says it was written."""
+    try:
+        record = read_json(path)
+    except CacheError as error:
+        raise CacheError(error.culprit, error.got, error.expected, lost(number)) from error
+    if header(beside, number)[1].get("record") != digest(record) or record.get("batch") != number:
+        tensors(beside, number)  # raises if it is this file that is damaged
+        raise CacheError(str(path), "another content", f"the record that {beside.name} was written with", lost(number))
+    return dict(record)
+
+
+def digest(record: object) -> str:
+    """32 hex digits that depend on a record's content."""
+    return hashlib.blake2b(json.dumps(record).encode(), digest_size=16).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON has it: numbers that are not finite are null, tuples are lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def free_place(folder: Path) -> Path:
+    """The first number that no folder in ``folder`` has, as a path in it."""
+    taken = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return folder / str(max(taken, default=0) + 1)
+
+
+def move(path: Path, target: Path | None) -> None:
+    """Rename a file, or delete it; one that is gone already is no matter."""
+    try:
+        if target is None:
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    except OSError as error:
+        raise CacheError(str(path), error.strerror or str(error), "a file that can be moved", "Try again.") from error

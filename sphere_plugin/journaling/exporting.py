@@ -1,0 +1,175 @@
+"""The edits of a run for others to use: as a whole model, as a file of exact differences, or as a LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sphere_plugin.errors import CacheError, ConfigError, ModelError
+from sphere_plugin.files import atomic_folder, read_json, write_bytes, write_json
+from sphere_plugin.geometry.neurons import neurons
+from sphere_plugin.journaling.batch import same_bits
+from sphere_plugin.journaling.card import card, facts_of
+from sphere_plugin.journaling.delta import write_delta
+from sphere_plugin.journaling.lowrank import cut
+from sphere_plugin.journaling.store import Journal
+from sphere_plugin.models import load_model
+from sphere_plugin.peft import refuse_existing, save_lora
+
+Format = Literal["hf", "delta", "adapter"]
+FORMATS: Final[tuple[str, ...]] = get_args(Format)
+
+# Gives the model with these weights in it, and its tokenizer.
+Source = Callable[[Mapping[str, Tensor]], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported.
+
+    Attributes:
+        path: the folder or file.
+        format: "hf", "delta" or "adapter".
+        edits: how many are in it.
+        rank: of an adapter.
+        errors: of an adapter, weight -> ‖ΔW − BA‖ / ‖ΔW‖.
+    """
+
+    path: Path
+    format: str
+    edits: int
+    rank: int | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+def export(
+    folder: Path,
+    out: Path,
+    format: Format = "hf",
+    at: int | None = None,
+    rank: int | None = None,
+    model: str | None = None,
+) -> Exported:
+    """Export the edits of the run in ``folder``; what is at ``out`` afterwards is whole.
+
+    - "hf": the edited model and its tokenizer, in a folder for ``from_pretrained``.
+    - "delta": one safetensors file of exact differences, for :func:`sphere_plugin.apply_delta`.
+    - "adapter": the updates, cut down to a rank, in a folder for ``PeftModel.from_pretrained``.
+
+    Folders have a README.md, with what an adapter misses of each update, and all edits in edits.json.
+
+    Args:
+        folder: of the run.
+        out: where to; nothing may be there.
+        format: see above.
+        at: after how many edits; a number between two batches. None: after all of them.
+        rank: of the adapter; None: what it takes to miss less than 1 % of each update.
+        model: name or folder of the unedited model, where it is not the one the run names.
+
+    Raises:
+        ConfigError: a number that cannot be, or something at ``out``.
+        CacheError: a file of the run is missing or damaged, or ``out`` cannot be written.
+        ModelError: the model is not the one that was edited.
+        HostError: an adapter without PEFT.
+    """
+    journal = Journal.open(folder / "journal")
+    manifest = read_json(folder / "manifest.json")
+    known = _of(manifest, folder)
+    if known.get("weights") != journal.fingerprint(0):
+        remedy = "The two are not of one run: put the right manifest.json back."
+        raise CacheError(str(folder / "manifest.json"), known.get("weights"), "the weights of the journal", remedy)
+    if model is not None:
+        manifest = {**manifest, "model": {**known, "name": model}}
+    number = len(journal) if at is None else journal.batch_at(at)
+
+    def source(weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        return _edited_model(_of(manifest, folder), journal, weights)
+
+    return export_batches(journal, number, manifest, out, format, rank, source)
+
+
+def export_batches(
+    journal: Journal,
+    number: int,
+    manifest: Mapping[str, Any],
+    out: Path,
+    format: Format,
+    rank: int | None,
+    source: Source,
+) -> Exported:
+    """The same for the first ``number`` batches of a journal; ``source`` is asked for a model for "hf" only."""
+    if format not in FORMATS:
+        raise ConfigError("format", format, f"one of {', '.join(FORMATS)}", "See docs/journal.md.")
+    if rank is not None and format != "adapter":
+        raise ConfigError("rank", rank, f"none for the format {format!r}", "Only an adapter has a rank.")
+    refuse_existing(out)
+    edits = int(journal.record(number)["edits"]) if number else 0
+    after = journal.weights_after(number)
+    if format == "delta":
+        about = {"edits": str(edits), "entry": str(manifest.get("entry")), "model": str(manifest["model"].get("name"))}
+        write_delta(out, journal.weights_after(0), after, about)
+        return Exported(out, format, edits)
+    facts = facts_of(journal, number)
+    with atomic_folder(out, keep=refuse_existing) as folder:
+        if format == "hf":
+            for part in source(after):
+                part.save_pretrained(folder)
+            exported = Exported(out, format, edits)
+        else:
+            exported = _adapter(folder, out, edits, journal, after, rank, manifest["model"].get("name"))
+        write_json(folder / "edits.json", facts)
+        write_bytes(folder / "README.md", card(manifest, edits, facts, exported.errors).encode())
+    return exported
+
+
+def _adapter(
+    folder: Path, out: Path, edits: int, journal: Journal, after: dict[str, Tensor], rank: int | None, base: str | None
+) -> Exported:
+    before = journal.weights_after(0)
+    vectors = [name for name in after if after[name].dim() != 2 or not name.endswith(".weight")]
+    for name in vectors:
+        if not same_bits(before[name], after[name]):
+            remedy = "Export the whole model (hf) or the exact differences (delta)."
+            raise ModelError(
+                name, f"changed, of shape {tuple(after[name].shape)}", "matrices only: B·A is one", remedy
+            )
+
+    def updates() -> Iterator[tuple[str, Tensor]]:
+        for name in after:
+            if name not in vectors:
+                yield name, neurons(after[name].double() - before[name].double(), name in journal.transposed)
+
+    low = cut(updates(), rank)
+    save_lora(folder, low.factors, bool(journal.transposed), base)
+    return Exported(out, "adapter", edits, low.rank, low.errors)
+
+
+def _edited_model(known: Mapping[str, Any], journal: Journal, weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    name = known.get("name")
+    if not name:
+        raise ConfigError("model", name, "the unedited model's name or folder", "The run has none: give it.")
+    dtype = getattr(torch, str(known.get("dtype")).removeprefix("torch."), None)
+    model, tokenizer = load_model(name, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    parameters = dict(cast(nn.Module, model).named_parameters())
+    missing = [one for one in journal.names if one not in parameters]
+    if missing or journal.fingerprint_of(parameters) != journal.fingerprint(0):
+        got = f"no {missing[0]}" if missing else f"weights of fingerprint {journal.fingerprint_of(parameters)}"
+        remedy = "Name the model that was edited, in the version that was edited."
+        raise ModelError(f"the model {name}", got, f"weights of fingerprint {journal.fingerprint(0)}", remedy)
+    with torch.no_grad():
+        for one, weight in weights.items():
+            parameters[one].copy_(weight)
+    return model, tokenizer
+
+
+def _of(manifest: Any, folder: Path) -> Mapping[str, Any]:
+    known = manifest.get("model") if isinstance(manifest, Mapping) else None
+    if not isinstance(known, Mapping):
+        remedy = "Put a copy of the file back."
+        raise CacheError(str(folder / "manifest.json"), known, "what model the run edited", remedy)
+    return known
