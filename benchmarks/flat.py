@@ -26,15 +26,9 @@ YAML = Path(__file__).resolve().parent.parent / "hparams/SPHERE/smollm2-135m.yam
 EDGE = 10  # batches at either end that are compared
 
 
-def main() -> None:
-    """Print a table, and write JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--batches", type=int, default=150)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    size = arguments.batch_size
-    records = read_records(limit=arguments.batches * size)
+def measure(batches: int, size: int) -> tuple[list[float], list[float]]:
+    """Seconds of each batch of ``size`` facts, and the process's peak memory after it in MiB."""
+    records = read_records(limit=batches * size)
     requests = [{"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in records]
     config = sp.SphereHyperParams.from_hparams(YAML).editing()
     config.v_num_grad_steps = 2
@@ -46,6 +40,18 @@ def main() -> None:
         editor.apply(requests[first : first + size])
         seconds.append(time.perf_counter() - started)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return seconds, peaks
+
+
+def main() -> None:
+    """Print a table, and write JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--batches", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    size = arguments.batch_size
+    seconds, peaks = measure(arguments.batches, size)
     early, late = median(seconds[1 : EDGE + 1]), median(seconds[-EDGE:])
     machine = {
         "machine": platform.machine(),

@@ -27,7 +27,7 @@ from sphere_plugin.editing.requests import read_requests
 from sphere_plugin.editing.solve import AlphaEdit, Memit
 from sphere_plugin.editing.statistics import key_moments
 from sphere_plugin.geometry import Factors
-from sphere_plugin.journal import Snapshot
+from sphere_plugin.journaling import Snapshot
 from sphere_plugin.restraints import Restrained, SphereConfig
 
 SECOND = [

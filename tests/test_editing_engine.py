@@ -15,6 +15,7 @@ from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.contexts import Contexts
 from sphere_plugin.editing.keys import KeyReader
 from sphere_plugin.editing.locate import Locator, Padded
+from sphere_plugin.editing.prefix import read_prefixes
 from sphere_plugin.editing.replay import record, record_suffix
 from sphere_plugin.editing.requests import read_requests
 from sphere_plugin.errors import ModelError, RequestError
@@ -52,7 +53,7 @@ def test_replayed_layers_equal_the_plain_forward_pass(kind: str) -> None:
     with torch.no_grad():
         whole = record(anatomy, batch, 1, 4)
         out = whole.run(whole.hidden, 1, 4)
-        suffix = record_suffix(anatomy, batch, 2)
+        suffix = record_suffix(anatomy, sentences, read_prefixes(anatomy, sentences), 2)
         tail = suffix.run(suffix.hidden, 2, 4)
         some = suffix.rows(torch.tensor([4, 1]))
         picked = some.run(some.hidden, 2, 4)
@@ -117,11 +118,15 @@ def aim_one_plainly(model, anatomy, locator, fact, prefixes, config) -> torch.Te
 def test_targets_equal_those_of_the_search_one_fact_at_a_time(kind: str, settings: dict) -> None:
     model, _, config, anatomy, locator = parts(kind, **settings)
     aimed = aim(anatomy, locator, FACTS, CONTEXTS.prefixes, config)
-    for number, fact in enumerate(FACTS):
-        expected = aim_one_plainly(model, anatomy, locator, fact, CONTEXTS.prefixes, config)
-        assert (aimed.values[number] - expected).norm() < 1e-3 * expected.norm()
-        assert (aimed.values[number] - expected).norm() < 1e-2 * (expected - expected.mean()).norm()
     assert all(parameter.requires_grad for parameter in model.parameters())
+    plain = [aim_one_plainly(model, anatomy, locator, fact, CONTEXTS.prefixes, config) for fact in FACTS]
+    model.double()
+    for found, expected, fact in zip(aimed.values, plain, FACTS, strict=True):
+        # Adam turns on the sign of gradients near zero: what rounding alone does to the plain search is allowed.
+        exact = aim_one_plainly(model, anatomy, locator, fact, CONTEXTS.prefixes, config)
+        rounding = 2 * (expected - exact).norm()
+        assert (found - expected).norm() < 1e-4 * expected.norm() + rounding
+        assert rounding < 1e-2 * (expected - expected.mean()).norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

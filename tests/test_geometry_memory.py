@@ -1,5 +1,11 @@
 """What is never built: d_in x d_in for the space, N x N x d and (in chunks) N x N for the energy."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,3 +49,18 @@ def test_pair_sums_hold_one_block_at_a_time(function):
     with Largest() as largest:
         function(normal(count, length), chunk=chunk)
     assert count * length <= largest.numel <= chunk * count
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are measured on Linux only")
+def test_a_fit_and_a_projection_need_little_beside_their_inputs():
+    """3 d_out² numbers, as LAPACK needs, and something for what libraries keep; without economy it is 6 d_out²."""
+    side = 800
+    script = Path(__file__).parents[1] / "benchmarks" / "memory.py"
+    done = subprocess.run(
+        [sys.executable, script, "--child", "cold", "--shapes", f"{side}x{2 * side}"],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["extra"] < 1.4 * 4 * 3 * side**2

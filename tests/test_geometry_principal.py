@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphere_plugin.geometry import PrincipalSpace
-from sphere_plugin.geometry.principal import gram
+from sphere_plugin.geometry import Factors, PrincipalSpace
+from sphere_plugin.geometry.principal import RANK_EPSILONS, gram, principal_rank
 
 SHAPES = [(24, 60), (40, 40), (60, 24)]
 FEW = settings(deadline=None, max_examples=15, derandomize=True)
@@ -199,3 +199,34 @@ def test_half_a_gram_matrix_and_its_mirror_are_the_whole(count):
         found = gram(matrix)
         torch.testing.assert_close(found, matrix @ matrix.T)
         torch.testing.assert_close(found, found.T)
+
+
+def plain(weight, eta, row_normalize):
+    """The space of a wide weight without any economy of memory: every step gives a new tensor, and all are kept."""
+    rows = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    rows = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + 1e-8 if row_normalize else 1.0)
+    count = len(rows)
+    values, vectors = torch.linalg.eigh(gram(rows) / count)
+    floor = RANK_EPSILONS * torch.finfo(rows.dtype).eps * float(values[-1])
+    values, vectors = values.flip(0).double(), vectors.flip(1)
+    values = torch.where(values > floor, values, 0.0)
+    rank = principal_rank(values, eta)
+    kept = values[:rank].to(rows.dtype)
+    factor = vectors[:, :rank].contiguous() / (count * kept).sqrt()
+    return PrincipalSpace(factor, kept, float(values.sum()), eta, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("row_normalize", [True, False])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_saving_memory_changes_no_bit(dtype, row_normalize, seed):
+    weight = (normal(576, 1536, seed=seed) * torch.logspace(0, -seed, 1536)).to(dtype)
+    update = Factors(normal(576, 20, seed=2).to(dtype), normal(1536, 20, seed=3).to(dtype))
+    before = weight.clone()
+    found, expected = PrincipalSpace.fit(weight, 0.5, row_normalize), plain(weight, 0.5, row_normalize)
+    assert torch.equal(weight, before)
+    assert (found.total, found.rank) == (expected.total, expected.rank)
+    assert torch.equal(found.eigenvalues, expected.eigenvalues)
+    assert torch.equal(found.project(update).right, expected.project(update).right)
+    assert torch.equal(found.basis, expected.basis)
+    assert torch.equal(found.project(weight), expected.project(weight))

@@ -324,6 +324,7 @@ BAD: dict[str, list[Any]] = {
     "base_method": ["alphaedit", "ROME", "", None, 3, ["MEMIT"]],
     "fact_token": ["subject", "Last", None, 1],
     "projection": ["inloop", "Post", None, True],
+    "control": ["smaller", "Random", True, 1],  # None is allowed
     "basis": ["original", "Current", None, True],
     "eta": [0, -0.5, 1.01, -INF, *NO_NUMBER],
     "alpha": [-0.01, 1.01, -INF, INF, "much", True, [0.1], NAN],  # None is allowed

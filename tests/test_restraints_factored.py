@@ -15,7 +15,7 @@ from sphere_plugin import Editor
 from sphere_plugin.editing import editor as editor_module
 from sphere_plugin.editing.anatomy import Rewrite
 from sphere_plugin.geometry import Factors, tracked
-from sphere_plugin.journal import Snapshot
+from sphere_plugin.journaling import Snapshot
 from sphere_plugin.restraints import (
     BoundRestraint,
     Chain,

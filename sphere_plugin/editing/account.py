@@ -1,17 +1,59 @@
-"""The line of the log that says what a batch did, for our own editor and for other methods alike."""
+"""What a batch did: the reports of our own editor, and the line of the log for all methods alike."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from sphere_plugin.editing.aim import Aimed
 from sphere_plugin.errors import ModelError
-from sphere_plugin.geometry import hyperspherical_energy
+from sphere_plugin.geometry import Factors, hyperspherical_energy
 
 _LOG = logging.getLogger("sphere_plugin")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a batch did to one weight.
+
+    Attributes:
+        name: the parameter.
+        rank: dimension of the principal space the update was held away from; 0 without SPHERE.
+        removed_share: share of the update's squared norm that the restraints took away; negative where PRUNE's
+            correction of earlier updates made it longer.
+        solved_norm: Frobenius norm of the update before the restraints.
+        update_norm: Frobenius norm of what was written, after rounding to the weight's dtype.
+        weight_norm: Frobenius norm of the weight it was written to.
+        update: what was added, [d_out, d_in] float32, before rounding to the weight's dtype.
+    """
+
+    name: str
+    rank: int
+    removed_share: float
+    solved_norm: float
+    update_norm: float
+    weight_norm: float
+    update: Tensor | Factors = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What a batch did.
+
+    Attributes:
+        facts: how many were written.
+        layers: one report per edited weight.
+        aimed: the targets, the loss each search ended with and its steps.
+        keys: layer -> [d_in, facts], the keys a later batch will know these facts by; see `Editor.resume`.
+    """
+
+    facts: int
+    layers: tuple[LayerReport, ...]
+    aimed: Aimed
+    keys: Mapping[int, Tensor] = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.config import EditingConfig
-from sphere_plugin.editing.locate import Locator, Padded, Sentence
+from sphere_plugin.editing.locate import Locator, Sentence
+from sphere_plugin.editing.prefix import pieces, read_prefixes
 from sphere_plugin.editing.replay import Recording, record_suffix
 from sphere_plugin.editing.requests import Fact
 from sphere_plugin.models.memory import work_through
@@ -81,7 +82,7 @@ class _Search:
         self.contexts = len(sentences[0]) - 1
         self.layer = config.layers[-1]
         rows = [_Row(fact, sentence) for fact, group in enumerate(sentences) for sentence in group]
-        self.groups = [_Group.of(anatomy, part, self.layer) for part in _by_suffix(rows)]
+        self.groups = _groups(anatomy, rows, self.layer)
         self.start = torch.zeros(len(sentences), self.groups[0].entered.shape[-1], device=anatomy.device)
         firsts = {id(group[0]): fact for fact, group in enumerate(sentences)}
         for group in self.groups:
@@ -152,14 +153,6 @@ class _Group:
     entered: Tensor  # [rows, suffix, width], the output of the aimed layer
     initial: dict[int, Tensor]  # fact -> log-probabilities [vocabulary] of its essence before aiming
 
-    @classmethod
-    def of(cls, anatomy: Anatomy, rows: list[_Row], layer: int) -> _Group:
-        batch = Padded.of([row.sentence for row in rows], anatomy.device)
-        recording = record_suffix(anatomy, batch, layer)
-        with torch.no_grad():
-            entered = recording.run(recording.hidden, layer, layer + 1)
-        return cls(rows, recording, entered, {})
-
     def keep(self, active: Tensor) -> _Group | None:
         """The rows of facts that are still searched for; drops the others for good."""
         kept = [number for number, row in enumerate(self.members) if bool(active[row.fact])]
@@ -215,21 +208,19 @@ def _log_probabilities(anatomy: Anatomy, hidden: Tensor) -> Tensor:
     return torch.log_softmax(anatomy.head(anatomy.norm(hidden)).float(), dim=1)
 
 
-def _by_suffix(rows: list[_Row]) -> Iterator[list[_Row]]:
-    """Rows in groups whose suffixes differ little in length, so that little is computed for padding."""
-    ordered = sorted(rows, key=lambda row: len(row.sentence.ids) - row.sentence.lookup)
-    group: list[_Row] = []
-    for row in ordered:
-        length = len(row.sentence.ids) - row.sentence.lookup
-        if group:
-            spent = (len(group) + 1) * length
-            used = sum(len(member.sentence.ids) - member.sentence.lookup for member in group) + length
-            if spent > 1.15 * used and len(group) >= 8:
-                yield group
-                group = []
-        group.append(row)
-    if group:
-        yield group
+def _groups(anatomy: Anatomy, rows: list[_Row], layer: int) -> list[_Group]:
+    """Rows in groups whose suffixes differ little in length."""
+    rows = sorted(rows, key=lambda row: len(row.sentence.ids) - row.sentence.lookup)
+    prefixes = read_prefixes(anatomy, [row.sentence for row in rows])
+    groups = []
+    for piece in pieces([len(row.sentence.ids) - row.sentence.lookup for row in rows]):
+        members = rows[piece]
+        prefix = prefixes.rows(torch.arange(piece.start, piece.stop))
+        recording = record_suffix(anatomy, [row.sentence for row in members], prefix, layer)
+        with torch.no_grad():
+            entered = recording.run(recording.hidden, layer, layer + 1)
+        groups.append(_Group(members, recording, entered, {}))
+    return groups
 
 
 def _tokens(group: list[Sentence]) -> int:

@@ -75,6 +75,11 @@ class Anatomy:
         return next(self.model.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the decoder computes in."""
+        return next(self.decoder[0].parameters()).dtype
+
+    @property
     def weights(self) -> dict[str, nn.Parameter]:
         """Full parameter name -> the live parameter, for every weight that is edited."""
         return {rewrite.name: rewrite.parameter for rewrite in self.rewrites.values()}

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.restraints import Chain, PruneConfig, RectConfig, Restraint, SphereConfig
+from sphere_plugin.restraints.controls import Control, ControlConfig
 from sphere_plugin.restraints.sphere import Basis
 
 BaseMethod = Literal["AlphaEdit", "MEMIT"]
@@ -53,6 +54,8 @@ class EditingConfig:
         row_normalize: see SphereConfig.
         rect: RECT before SPHERE, see RectConfig; None is without.
         prune: PRUNE before SPHERE and after RECT, see PruneConfig; None is without.
+        control: "shrunk" or "random" puts a control of experiments in SPHERE's place, see
+            :mod:`sphere_plugin.restraints.controls`.
         projection: "in_loop" restrains each layer's update before the next layer is solved, as the authors do on
             AlphaEdit; "post" solves all layers first and restrains then, as the authors do on MEMIT, and EasyEdit's
             own SPHERE on AlphaEdit.
@@ -91,6 +94,7 @@ class EditingConfig:
     row_normalize: bool = True
     rect: RectConfig | None = None
     prune: PruneConfig | None = None
+    control: Control | None = None
     projection: Projection = "in_loop"
     token_budget: int = 8192
     aiming_dtype: AimingDtype = "float32"
@@ -120,6 +124,8 @@ class EditingConfig:
             check_number(name, getattr(self, name), 0.0, above=True)
         for name in ("v_weight_decay", "kl_factor"):
             check_number(name, getattr(self, name), 0.0)
+        if self.control is not None:
+            _check_choice("control", self.control, get_args(Control))
         if self.alpha is None:
             self.alpha = dict(ALPHA_OF)[self.base_method]
         self.sphere()
@@ -136,13 +142,15 @@ class EditingConfig:
         """
         asked: list[Restraint] = [one for one in (self.rect, self.prune) if one is not None]
         sphere = self.sphere()
+        last: Restraint = sphere if self.control is None or not sphere.alpha else ControlConfig(self.control, sphere)
         if not asked:
-            return sphere
-        return Chain((*asked, sphere) if sphere.alpha else asked)
+            return last
+        return Chain((*asked, last) if sphere.alpha else asked)
 
     def method(self) -> str:
         """The base method with its restraints, as they are applied: "MEMIT + RECT + SPHERE"."""
-        asked = {"RECT": self.rect, "PRUNE": self.prune, "SPHERE": self.sphere().alpha}
+        last = "SPHERE" if self.control is None else f"control ({self.control})"
+        asked = {"RECT": self.rect, "PRUNE": self.prune, last: self.sphere().alpha}
         return " + ".join([self.base_method, *(name for name, one in asked.items() if one)])
 
 

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
-from sphere_plugin.editing.account import Touched, log_apply
+from sphere_plugin.editing.account import EditReport, LayerReport, Touched, log_apply
 from sphere_plugin.editing.aim import Aimed, aim
 from sphere_plugin.editing.anatomy import Anatomy, Rewrite
+from sphere_plugin.editing.checks import check_attention, check_losses, check_tokens
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.contexts import Contexts
 from sphere_plugin.editing.corpus import check_source
 from sphere_plugin.editing.history import History
 from sphere_plugin.editing.keys import KeyReader
-from sphere_plugin.editing.locate import Locator, Padded
+from sphere_plugin.editing.locate import Locator
 from sphere_plugin.editing.replay import check_replay
 from sphere_plugin.editing.requests import Fact, read_request, read_requests
 from sphere_plugin.editing.solve import AlphaEdit, Memit
 from sphere_plugin.editing.statistics import key_moments
-from sphere_plugin.errors import ModelError, RequestError
+from sphere_plugin.errors import ModelError
 from sphere_plugin.geometry import Factors, neurons
 from sphere_plugin.geometry.checks import all_finite
-from sphere_plugin.journal import Snapshot, all_or_nothing
-from sphere_plugin.models.forward import longest_text
-from sphere_plugin.restraints import BoundRestraint, Restrained, restrain
+from sphere_plugin.journaling import Snapshot, all_or_nothing
+from sphere_plugin.restraints import BoundRestraint, Restrained, memory_of, recall, restrain
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -42,7 +40,18 @@ PROBE: Final = MappingProxyType(
 )
 # Settings that may change between batches of one editor.
 FREE: Final = frozenset(
-    ("eta", "alpha", "basis", "row_normalize", "rect", "prune", "projection", "token_budget", "aiming_dtype")
+    (
+        "eta",
+        "alpha",
+        "basis",
+        "row_normalize",
+        "rect",
+        "prune",
+        "control",
+        "projection",
+        "token_budget",
+        "aiming_dtype",
+    )
     + ("v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor")
 )
 # Share of an update that rounding may swallow before a warning says so.
@@ -50,43 +59,6 @@ ROUNDING: Final = 0.1
 
 # Called with (what, done now, of how many in all).
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What a batch did to one weight.
-
-    Attributes:
-        name: the parameter.
-        rank: dimension of the principal space the update was held away from; 0 without SPHERE.
-        removed_share: share of the update's squared norm that the restraints took away; negative where PRUNE's
-            correction of earlier updates made it longer.
-        solved_norm: Frobenius norm of the update before the restraints.
-        update_norm: Frobenius norm of what was written, after rounding to the weight's dtype.
-        weight_norm: Frobenius norm of the weight it was written to.
-    """
-
-    name: str
-    rank: int
-    removed_share: float
-    solved_norm: float
-    update_norm: float
-    weight_norm: float
-
-
-@dataclass(frozen=True)
-class EditReport:
-    """What a batch did.
-
-    Attributes:
-        facts: how many were written.
-        layers: one report per edited weight.
-        aimed: the targets, the loss each search ended with and its steps.
-    """
-
-    facts: int
-    layers: tuple[LayerReport, ...]
-    aimed: Aimed
 
 
 class Editor:
@@ -117,10 +89,10 @@ class Editor:
         self.anatomy = Anatomy.of(model, config)
         self.locator = Locator(tokenizer, config.fact_token)
         check_source(config.mom2_dataset)
-        self._check_attention(model)
+        check_attention(model)
         probe = self.locator.aimed(read_request(PROBE, "probe"))
         with self._quiet():
-            check_replay(self.anatomy, Padded.of([probe], self.anatomy.device))
+            check_replay(self.anatomy, [probe])
         self._progress = progress
         self.pretrained = Snapshot.take(self.anatomy.weights)
         self._restraint = config.restraint()
@@ -150,29 +122,67 @@ class Editor:
                 moments = key_moments(self.anatomy, self.tokenizer, self.config, self._progress)
             self._solvers = {layer: self._solver(layer, moment) for layer, moment in moments.items()}
 
-    def apply(self, requests: Sequence[Mapping[str, Any]]) -> EditReport:
+    def aim(self, requests: Sequence[Mapping[str, Any]]) -> Aimed:
+        """Find the targets of a batch, and write nothing.
+
+        Raises:
+            RequestError, ModelError: as `apply`.
+        """
+        facts = self._facts(requests)
+        self.prepare()
+        return self._aim(facts)
+
+    def apply(self, requests: Sequence[Mapping[str, Any]], aimed: Aimed | None = None) -> EditReport:
         """Write a batch of facts into the model, all or none.
 
         Args:
             requests: EasyEdit requests, see :func:`sphere_plugin.editing.requests.read_requests`.
+            aimed: their targets, where they are known; None finds them for the weights as they are now.
 
         Raises:
             RequestError: a request cannot be edited; raised before any computation.
             ModelError: a weight, a loss or an update is not finite. The weights are then as they were before the call.
         """
-        facts = read_requests(requests)
-        self._check_tokens(facts)
-        self.anatomy.check_finite()
+        facts = self._facts(requests)
         self.prepare()
         self._remember()
+        aimed = self._aim(facts) if aimed is None else aimed
         with self._quiet(), all_or_nothing(self.anatomy.weights) as before:
-            aimed = aim(self.anatomy, self.locator, facts, self.contexts.prefixes, self.config, self._aiming(facts))
-            self._check_aimed(aimed)
             reader = KeyReader(self.anatomy, self.locator, facts, self.contexts, self.config.token_budget)
             reports = self._write(reader, aimed.values.T, before)
-            self._history.pend({layer: reader.read(layer)[0] for layer in reader.layers})
+            keys = {layer: reader.read(layer)[0] for layer in reader.layers}
+            self._history.pend(keys)
             self._log(reports, len(facts), before)
-        return EditReport(len(facts), tuple(reports), aimed)
+        return EditReport(len(facts), tuple(reports), aimed, keys)
+
+    def resume(self, batches: Iterable[Mapping[int, Tensor]]) -> None:
+        """Go on where another editor stopped, its edits being in the weights now.
+
+        Made, and :meth:`prepare` called, on the weights before any edit; the weights as that editor left them are then
+        written into the model, and this is called. With `recall`, what follows is what would have followed there.
+
+        Args:
+            batches: the keys of its batches in their order (`EditReport.keys`), one batch at a time.
+        """
+        self._restart()
+        last: Mapping[int, Tensor] | None = None
+        for keys in batches:
+            if last is not None:
+                self._learn(last)
+            last = keys
+        if last is not None:
+            self._history.pend({layer: keys.to(self.anatomy.device) for layer, keys in last.items()})
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the restraints remember of earlier batches beside the weights, for :meth:`recall`."""
+        kept = {layer: memory_of(bound) for layer, bound in self._restraints.items()}
+        return {f"{layer}/{name}": tensor for layer, known in kept.items() for name, tensor in known.items()}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Give the restraints what :meth:`memory` returned in another editor with the same settings."""
+        for layer, bound in self._restraints.items():
+            start = f"{layer}/"
+            recall(bound, {name[len(start) :]: one for name, one in memory.items() if name.startswith(start)})
 
     def reconfigure(self, config: EditingConfig) -> bool:
         """Take other settings for the batches to come, keeping all that is remembered.
@@ -241,6 +251,7 @@ class Editor:
             solved_norm=delta.norm(),
             update_norm=written,
             weight_norm=weight_norm,
+            update=kept.delta,
         )
 
     def _bind(self) -> dict[int, BoundRestraint]:
@@ -272,45 +283,30 @@ class Editor:
             solver.remember(past)
         self._history.settle(now)
 
-    def _check_tokens(self, facts: Sequence[Fact]) -> None:
-        for number, fact in enumerate(facts):
-            try:
-                sentence = self.locator.aimed(fact)
-            except RequestError as error:
-                where = f"requests[{number}].{error.culprit}"
-                raise RequestError(where, error.got, error.expected, error.remedy) from None
-            longest = longest_text(self.anatomy.model, len(sentence.ids))
-            if len(sentence.ids) > longest:
-                raise RequestError(
-                    f"requests[{number}].prompt",
-                    f"{len(sentence.ids)} tokens",
-                    f"at most {longest}, which is what the model takes",
-                    "Shorten it.",
-                )
-            if sentence.lookup == 0:
-                _LOG.warning(
-                    "the subject of %r is the first token the model sees, where decoders keep an attention sink: "
-                    "such edits hardly take; put words before it",
-                    fact.prompt,
-                )
+    def _restart(self) -> None:
+        """Forget all earlier batches."""
+        for layer in self.anatomy.rewrites:
+            solver: Any = self._solver_of(layer)
+            solver.remember(solver.with_keys(None))
 
-    def _check_aimed(self, aimed: Aimed) -> None:
-        """A search whose loss is not a number has found nothing; writing its target would do nothing, or harm."""
-        for number, loss in enumerate(aimed.losses.tolist()):
-            if not math.isfinite(loss):
-                raise ModelError(
-                    f"loss of requests[{number}]",
-                    loss,
-                    "a finite number",
-                    "Nothing was written. Lower v_lr, load the model in float32, or check its weights for NaN.",
-                )
+    def _learn(self, keys: Mapping[int, Tensor]) -> None:
+        """Count a batch among the earlier ones."""
+        for layer, matrix in keys.items():
+            solver: Any = self._solver_of(layer)
+            solver.remember(solver.with_keys(matrix.to(self.anatomy.device)))
 
-    def _check_attention(self, model: nn.Module) -> None:
-        kind = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
-        if kind not in ("sdpa", "eager"):
-            raise ModelError(
-                "attention implementation", kind, "sdpa or eager", 'Load the model with attn_implementation="sdpa".'
-            )
+    def _facts(self, requests: Sequence[Mapping[str, Any]]) -> list[Fact]:
+        """The requests, checked as far as they can be before any computation; and the weights."""
+        facts = read_requests(requests)
+        check_tokens(facts, self.locator, self.anatomy.model)
+        self.anatomy.check_finite()
+        return facts
+
+    def _aim(self, facts: Sequence[Fact]) -> Aimed:
+        with self._quiet():
+            aimed = aim(self.anatomy, self.locator, facts, self.contexts.prefixes, self.config, self._aiming(facts))
+        check_losses(aimed)
+        return aimed
 
     def _aiming(self, facts: Sequence[Fact]) -> Callable[[int], None] | None:
         progress = self._progress

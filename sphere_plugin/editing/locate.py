@@ -26,15 +26,18 @@ class Sentence:
         ids: token ids of the prompt, special tokens included, followed by all target tokens but the last.
         lookup: index in ``ids`` of the token that looks the fact up.
         targets: target token ids; predicted at the last ``len(targets)`` positions. Empty where nothing is aimed at.
+        shared: how many leading tokens lie in the text that the prompt stands behind, special tokens among them, and
+            so may be those of other sentences as well.
     """
 
     ids: tuple[int, ...]
     lookup: int
     targets: tuple[int, ...] = ()
+    shared: int = 0
 
     def up_to_lookup(self) -> Sentence:
         """The sentence without what stands behind its lookup token, which a causal model cannot see from there."""
-        return Sentence(self.ids[: self.lookup + 1], self.lookup)
+        return Sentence(self.ids[: self.lookup + 1], self.lookup, shared=min(self.shared, self.lookup + 1))
 
 
 def continuation(tokenizer: Any, prompt: str, target: str) -> tuple[int, ...]:
@@ -90,20 +93,21 @@ class Locator:
         """The prompt behind ``prefix``, with its target: what aiming reads."""
         prompt = self.keyed(fact, prefix)
         targets = continuation(self.tokenizer, prefix + fact.prompt, fact.target)
-        return Sentence(prompt.ids + targets[:-1], prompt.lookup, targets)
+        return Sentence(prompt.ids + targets[:-1], prompt.lookup, targets, prompt.shared)
 
     def keyed(self, fact: Fact, prefix: str = "") -> Sentence:
         """The prompt behind ``prefix``: what keys and current values are read from."""
-        return self._sentence(prefix + fact.before, fact.subject, fact.after)
+        return self._sentence(prefix + fact.before, fact.subject, fact.after, len(prefix))
 
     def essence(self, fact: Fact) -> Sentence:
         """ "{subject} is a", up to its lookup token."""
         return self._sentence("", fact.subject, ESSENCE).up_to_lookup()
 
-    def _sentence(self, before: str, subject: str, after: str) -> Sentence:
+    def _sentence(self, before: str, subject: str, after: str, prefix: int = 0) -> Sentence:
         encoded = self.tokenizer(before + subject + after, return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-        return Sentence(tuple(ids), self._lookup(spans, len(before), subject))
+        shared = next((n for n, (_, past) in enumerate(spans) if past > prefix), len(ids))
+        return Sentence(tuple(ids), self._lookup(spans, len(before), subject), shared=shared)
 
     def _lookup(self, spans: Sequence[tuple[int, int]], start: int, subject: str) -> int:
         end = start + len(subject)

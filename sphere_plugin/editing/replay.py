@@ -9,7 +9,7 @@ model that a replay says what the model says (:func:`check_replay`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,25 +19,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sphere_plugin.editing.anatomy import Anatomy
-from sphere_plugin.editing.locate import Padded
+from sphere_plugin.editing.locate import Padded, Sentence
+from sphere_plugin.editing.prefix import Prefix, PrefixCache, causal, read_prefixes, run_trunk
 from sphere_plugin.errors import ModelError
-from sphere_plugin.models.forward import Enough, trunk
-
-
-class PrefixCache:
-    """Attention keys and values of tokens that do not change; hands them out, and keeps nothing new.
-
-    Args:
-        layers: layer number -> (keys, values), each [rows, heads, tokens, head_dim].
-    """
-
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self.layers = layers
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What attention calls: the kept prefix followed by ``keys`` and ``values`` [rows, heads, new, head_dim]."""
-        kept_keys, kept_values = self.layers[layer_idx]
-        return torch.cat([kept_keys, keys], dim=2), torch.cat([kept_values, values], dim=2)
+from sphere_plugin.models.forward import Enough, pad_right, trunk
 
 
 @dataclass(frozen=True)
@@ -105,34 +90,43 @@ class Recording:
 @torch.no_grad()
 def record(anatomy: Anatomy, batch: Padded, start: int, past: int) -> Recording:
     """Record a plain forward pass through layers ``start`` to ``past - 1``, over all tokens of ``batch``."""
-    return _record(anatomy, batch, start, past, cache=None)
+
+    def run() -> None:
+        trunk(anatomy.model)(
+            input_ids=batch.ids,
+            # Padding is on the right, so a causal mask alone keeps every token clear of it.
+            attention_mask=causal(Prefix.nothing(1, batch.ids.device).seen, batch.ids.shape[1], anatomy.dtype),
+            position_ids=batch.positions,
+            use_cache=False,
+        )
+
+    return _recorded(anatomy, start, past, run)
 
 
 @torch.no_grad()
-def record_suffix(anatomy: Anatomy, batch: Padded, start: int) -> Recording:
+def record_suffix(anatomy: Anatomy, rows: Sequence[Sentence], prefix: Prefix, start: int) -> Recording:
     """Record all layers from ``start`` on, for each row's tokens from its lookup token on.
 
-    The tokens before it enter as keys and values of attention, which nothing done to the lookup token can change in
-    a causal model. ``hidden`` of the result is [rows, suffix, width]; position 0 is the lookup token.
+    The tokens before it enter as ``prefix``, see :func:`read_prefixes`: nothing done to the lookup token can change
+    them in a causal model. ``hidden`` of the result is [rows, suffix, width]; position 0 is the lookup token.
     """
-    cache = DynamicCache()
-    depth = len(anatomy.decoder)
-    whole = _record(anatomy, batch, start, depth, cache)
-    suffix = _Suffix(batch)
-    prefix = PrefixCache({n: (cache.layers[n].keys, cache.layers[n].values) for n in range(start, depth)})
-    mask = suffix.mask(whole.hidden.dtype)
+    ids, mask = (part.to(anatomy.device) for part in pad_right([row.ids[row.lookup :] for row in rows]))
+    caches: list[DynamicCache] = []
+    recording = _recorded(
+        anatomy, start, len(anatomy.decoder), lambda: caches.append(run_trunk(anatomy, prefix, ids, mask.bool()))
+    )
+    width = prefix.seen.shape[1]
+    kept = {n: caches[0].layers[n] for n in range(start, len(anatomy.decoder))}
+    cache = PrefixCache({n: (layer.keys[:, :, :width], layer.values[:, :, :width]) for n, layer in kept.items()})
 
     def take(value: Any) -> Any:
-        if value is cache:
-            return prefix
-        return suffix.take(value, mask) if isinstance(value, Tensor) else value
+        return cache if value is caches[0] else value
 
-    calls = {layer: call.map(take) for layer, call in whole.calls.items()}
-    return replace(whole, hidden=suffix.of_tokens(whole.hidden), calls=calls)
+    return replace(recording, calls={layer: call.map(take) for layer, call in recording.calls.items()})
 
 
 @torch.no_grad()
-def check_replay(anatomy: Anatomy, batch: Padded) -> None:
+def check_replay(anatomy: Anatomy, sentences: Sequence[Sentence]) -> None:
     """Check that replaying the last layers, and the norm and the head after them, gives the model's own logits.
 
     Models that do more to their logits than a norm and a head (soft caps, scales), or attend otherwise than causally
@@ -142,7 +136,8 @@ def check_replay(anatomy: Anatomy, batch: Padded) -> None:
         ModelError: the log-probabilities differ by more than rounding.
     """
     start = max(anatomy.rewrites)
-    suffix = record_suffix(anatomy, batch, start)
+    batch = Padded.of(sentences, anatomy.device)
+    suffix = record_suffix(anatomy, sentences, read_prefixes(anatomy, sentences), start)
     hidden = suffix.run(suffix.hidden, start, len(anatomy.decoder))
     ours = torch.log_softmax(anatomy.head(anatomy.norm(hidden)).float(), dim=-1)
     logits = anatomy.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
@@ -163,7 +158,8 @@ def check_replay(anatomy: Anatomy, batch: Padded) -> None:
         )
 
 
-def _record(anatomy: Anatomy, batch: Padded, start: int, past: int, cache: DynamicCache | None) -> Recording:
+def _recorded(anatomy: Anatomy, start: int, past: int, run: Callable[[], None]) -> Recording:
+    """What layers ``start`` to ``past - 1`` are called with in ``run``, which ends there if nothing comes after."""
     calls: dict[int, Call] = {}
     entered: list[Tensor] = []
 
@@ -172,7 +168,7 @@ def _record(anatomy: Anatomy, batch: Padded, start: int, past: int, cache: Dynam
             hidden, calls[layer] = _split(args, kwargs)
             if layer == start:
                 entered.append(hidden.detach())
-            if cache is None and layer == past - 1:
+            if layer == past - 1 < len(anatomy.decoder) - 1:
                 raise Enough
 
         return hook
@@ -182,68 +178,8 @@ def _record(anatomy: Anatomy, batch: Padded, start: int, past: int, cache: Dynam
             handle = anatomy.decoder[layer].register_forward_pre_hook(entering(layer), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(suppress(Enough))
-        trunk(anatomy.model)(
-            input_ids=batch.ids,
-            # Padding is on the right, so a causal mask alone keeps every token clear of it. Given ready-made: the
-            # model's own may be left out where it is plainly causal, and could not be told apart when run again.
-            attention_mask=_causal(batch.ids.shape[1], _dtype(anatomy), batch.ids.device),
-            position_ids=batch.positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        run()
     return Recording(anatomy, start, entered[0], calls)
-
-
-class _Suffix:
-    """Takes the part of recorded arguments that belongs to each row's tokens from its lookup token on."""
-
-    def __init__(self, batch: Padded) -> None:
-        self.rows, self.tokens = batch.ids.shape
-        self.length = int((batch.mask.sum(1) - batch.lookup).max())
-        self.lookup = batch.lookup
-        # Positions past the last token repeat it: what is computed there is never read.
-        steps = torch.arange(self.length, device=batch.ids.device)
-        self.index = (batch.lookup[:, None] + steps).clamp(max=self.tokens - 1)  # [rows, suffix]
-
-    def take(self, value: Tensor, mask: Tensor) -> Tensor:
-        if value.ndim == 4 and value.shape[-2:] == (self.tokens, self.tokens):
-            return mask
-        if value.ndim >= 2 and value.shape[1] == self.tokens and value.shape[0] in (1, self.rows):
-            return self.of_tokens(value)
-        return value
-
-    def of_tokens(self, value: Tensor) -> Tensor:
-        """[rows or 1, tokens, ...] -> [rows, suffix, ...]."""
-        value = value.expand(self.rows, *value.shape[1:])
-        index = self.index.reshape(*self.index.shape, *([1] * (value.ndim - 2)))
-        return value.gather(1, index.expand(*self.index.shape, *value.shape[2:]))
-
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """[rows, 1, suffix, tokens + suffix], added to attention scores: first the prefix, then the suffix."""
-        columns = torch.arange(self.tokens, device=self.index.device)
-        blocked = torch.finfo(dtype).min
-        prefix = torch.zeros(self.rows, self.tokens, dtype=dtype, device=self.index.device)
-        prefix.masked_fill_(columns >= self.lookup[:, None], blocked)
-        among = _causal(self.length, dtype, self.index.device)
-        return torch.cat(
-            [
-                prefix[:, None, None, :].expand(self.rows, 1, self.length, self.tokens),
-                among.expand(self.rows, 1, self.length, self.length),
-            ],
-            dim=3,
-        )
-
-
-def _causal(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[1, 1, tokens, tokens], added to attention scores."""
-    later = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
-    return torch.zeros(tokens, tokens, dtype=dtype, device=device).masked_fill_(later, torch.finfo(dtype).min)[
-        None, None
-    ]
-
-
-def _dtype(anatomy: Anatomy) -> torch.dtype:
-    return next(anatomy.decoder[0].parameters()).dtype
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

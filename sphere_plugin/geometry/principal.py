@@ -102,14 +102,14 @@ class PrincipalSpace:
         """
         check_eta(eta)
         check_weight(weight)
-        rows = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        rows = rows / (row_norms(rows) if row_normalize else 1.0)  # a copy either way
-        count, wide = rows.shape[0], rows.shape[0] < rows.shape[1]
-        values, vectors = spectrum(gram(rows if wide else rows.T), count)
+        count, wide = weight.shape[0], weight.shape[0] < weight.shape[1]
+        # Ŵ is let go for as long as the decomposition takes, and made anew for the space to keep.
+        values, vectors = spectrum(_gram_of(weight, row_normalize), count)
         rank = principal_rank(values, eta)
-        kept, vectors = values[:rank].to(rows.dtype), vectors[:, :rank].contiguous()
+        kept, vectors = values[:rank].to(vectors.dtype), vectors[:, :rank].contiguous()
         total = float(values.sum())
         if wide:
+            rows = _unit_rows(weight, row_normalize)
             return cls(vectors / (count * kept).sqrt(), kept, total, float(eta), rows)
         return cls(vectors, kept, total, float(eta))
 
@@ -214,6 +214,19 @@ def row_norms(rows: Tensor) -> Tensor:
     return norms + ROW_EPSILON
 
 
+def _unit_rows(weight: Tensor, row_normalize: bool) -> Tensor:
+    """Returns Ŵ [d_out, d_in], a copy in any case; W itself in float32 or wider without ``row_normalize``."""
+    rows = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    divisor = row_norms(rows) if row_normalize else 1.0
+    return rows / divisor if rows.dtype == weight.dtype else rows.div_(divisor)
+
+
+def _gram_of(weight: Tensor, row_normalize: bool) -> Tensor:
+    """Returns the Gram matrix of Ŵ's smaller side, [m, m]."""
+    rows = _unit_rows(weight, row_normalize)
+    return gram(rows if rows.shape[0] < rows.shape[1] else rows.T)
+
+
 def gram(rows: Tensor) -> Tensor:
     """Returns M Mᵀ [n, n] for M [n, d]: half of it by blocks of rows, the other half mirrored.
 
@@ -232,16 +245,20 @@ def gram(rows: Tensor) -> Tensor:
 def spectrum(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Returns the eigenvalues of gram / count [m], falling, clamped at zero, float64, and its eigenvectors [m, m].
 
+    What this holds at most is three [m, m] matrices on a CPU, two of them LAPACK's, if the caller keeps no ``gram``.
+
     Raises:
         ModelError: the trace is zero or not finite.
     """
-    gram = gram / count
+    gram = torch.div(gram, count, out=torch.empty_like(gram, memory_format=torch.contiguous_format).T)
     trace = float(gram.diagonal().double().sum())
     if not 0.0 < trace < float("inf"):
         remedy = "Its entries are too small or too large to square; convert the weight to float64."
         raise ModelError("the weight's squared norm", trace, "a positive finite number", remedy)
-    values, vectors = torch.linalg.eigh(gram)
-    floor = RANK_EPSILONS * torch.finfo(gram.dtype).eps * float(values[-1])
+    # By columns, as LAPACK wants it, the matrix can make room for its own eigenvectors.
+    place = (gram.new_empty(len(gram)), gram) if gram.device.type == "cpu" else None
+    values, vectors = torch.linalg.eigh(gram, out=place)
+    floor = RANK_EPSILONS * torch.finfo(values.dtype).eps * float(values[-1])
     values = values.flip(0).double()
     return torch.where(values > floor, values, 0.0), vectors.flip(1)
 

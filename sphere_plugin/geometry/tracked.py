@@ -24,6 +24,7 @@ that was restored, changed by others, or rounded to 16 bits is decomposed anew.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -123,6 +124,26 @@ class TrackedSpace:
         self._leading = found
         self._next = written.left, seen + written.left @ (written.right.T @ written.right) / 2
         return written, rank
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return all that is kept from one update to the next, for `recall`; empty before the first."""
+        known = self._leading
+        if known is None:
+            return {}
+        kept = {"gram": known.gram, "values": known.values, "vectors": known.vectors}
+        kept["counts"] = torch.tensor([known.rank, known.updates])
+        kept |= {} if known.missing is None else {"missing": known.missing}
+        return kept if self._next is None else kept | dict(zip(("left", "image"), self._next, strict=True))
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Go on from what `memory` returned in another object with the same settings."""
+        self._leading = self._next = None
+        if memory:
+            rank, updates = memory["counts"].tolist()
+            missing = memory.get("missing")
+            self._leading = _Leading(memory["gram"], memory["values"], memory["vectors"], rank, missing, updates)
+        if "left" in memory:
+            self._next = memory["left"], memory["image"]
 
     def _followed(self, weight: Tensor) -> _Leading | None:
         """What is known, if it is of this weight or of the weight before the update that was expected."""

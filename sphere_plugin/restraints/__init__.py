@@ -1,7 +1,15 @@
 """Restraints: functions of (W, ΔW) that return the part of an update worth writing."""
 
 from sphere_plugin.restraints.chain import Chain
-from sphere_plugin.restraints.protocol import BoundRestraint, FactoredRestraint, Restrained, Restraint, restrain
+from sphere_plugin.restraints.protocol import (
+    BoundRestraint,
+    FactoredRestraint,
+    Restrained,
+    Restraint,
+    memory_of,
+    recall,
+    restrain,
+)
 from sphere_plugin.restraints.prune import PruneConfig, prune_view
 from sphere_plugin.restraints.rect import RectConfig
 from sphere_plugin.restraints.sphere import SphereConfig
@@ -15,6 +23,8 @@ __all__ = [
     "Restrained",
     "Restraint",
     "SphereConfig",
+    "memory_of",
     "prune_view",
+    "recall",
     "restrain",
 ]

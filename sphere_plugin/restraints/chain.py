@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,7 +10,15 @@ from torch import Tensor
 
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.geometry import Factors
-from sphere_plugin.restraints.protocol import BoundRestraint, Restrained, Restraint, removed_share, restrain
+from sphere_plugin.restraints.protocol import (
+    BoundRestraint,
+    Restrained,
+    Restraint,
+    memory_of,
+    recall,
+    removed_share,
+    restrain,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,17 @@ class _BoundChain:
     def factored(self, weight: Tensor, delta: Factors) -> Restrained[Tensor | Factors]:
         """The same for factors; dense from the first member on that does not take them."""
         return self._apply(weight, delta)
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the members remember, see `Remembering`."""
+        kept = [memory_of(member) for member in self.members]
+        return {f"{number}/{name}": one for number, known in enumerate(kept) for name, one in known.items()}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """The reverse of `memory`."""
+        for number, member in enumerate(self.members):
+            start = f"{number}/"
+            recall(member, {name[len(start) :]: one for name, one in memory.items() if name.startswith(start)})
 
     def _apply(self, weight: Tensor, delta: Tensor | Factors) -> Restrained[Tensor | Factors]:
         passed, rank = delta, 0

@@ -10,6 +10,7 @@ other is called with the dense matrix, which is all that a restraint has to know
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
@@ -55,6 +56,19 @@ class FactoredRestraint(Protocol):
         ...
 
 
+@runtime_checkable
+class Remembering(Protocol):
+    """What a bound restraint has that remembers something of earlier calls which the weight does not tell."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return what it remembers, by name; empty before the first call."""
+        ...
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Remember what ``memory``, of a restraint configured alike, holds; the next call is as it would be there."""
+        ...
+
+
 class Restraint(Protocol):
     """A configured restraint, not yet tied to a weight."""
 
@@ -74,6 +88,17 @@ def restrain(bound: BoundRestraint, weight: Tensor, delta: Tensor | Factors) -> 
     if isinstance(delta, Tensor):
         return bound(weight, delta)
     return bound.factored(weight, delta) if isinstance(bound, FactoredRestraint) else bound(weight, delta.dense())
+
+
+def memory_of(bound: BoundRestraint) -> dict[str, Tensor]:
+    """Returns what ``bound`` remembers of earlier calls, see `Remembering`; empty where that is nothing."""
+    return bound.memory() if isinstance(bound, Remembering) else {}
+
+
+def recall(bound: BoundRestraint, memory: Mapping[str, Tensor]) -> None:
+    """Gives ``bound`` what `memory_of` one configured alike returned."""
+    if isinstance(bound, Remembering):
+        bound.recall(memory)
 
 
 def norm(update: Tensor | Factors) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -12,6 +14,7 @@ from sphere_plugin.geometry import Factors, PrincipalSpace
 from sphere_plugin.geometry.checks import check_alpha, check_eta
 from sphere_plugin.geometry.tracked import TrackedSpace
 from sphere_plugin.restraints.protocol import BoundRestraint, Restrained, removed_share
+from sphere_plugin.restraints.spaces import Spaces
 
 Basis = Literal["current", "pretrained"]
 
@@ -27,7 +30,7 @@ class SphereConfig:
             The paper uses 0.5 on AlphaEdit and 0.8 on every other method (D.4.1).
         basis: the weight U is taken from. "current" is the weight each update is added to, so that U also holds what
             earlier edits have written, as in the authors' code; "pretrained" is the weight before any edit, as in the
-            paper's text.
+            paper's text. The latter is found once, and kept in the cache (`restraints.spaces`).
         row_normalize: scale every neuron to unit length before looking for U, as both official codes do; the paper's
             eq. 10 is written without.
 
@@ -48,13 +51,19 @@ class SphereConfig:
 
     def bind(self, pretrained: Tensor) -> BoundRestraint:
         """Tie the projection to a weight, given as it was before any edit, [d_out, d_in]."""
-        return _BoundSphere(self, pretrained)
+        return _BoundSphere(self, pretrained, self._spaces)
+
+    @cached_property
+    def _spaces(self) -> Spaces:
+        """Shared by the weights this is bound to; no setting, so no field."""
+        return Spaces()
 
 
 @dataclass
 class _BoundSphere:
     config: SphereConfig
     pretrained: Tensor
+    _spaces: Spaces = field(repr=False)
     _space: PrincipalSpace | None = field(default=None, repr=False)
     _tracked: TrackedSpace | None = field(default=None, repr=False)
 
@@ -77,12 +86,19 @@ class _BoundSphere:
             kept, rank = space.project(delta, self.config.alpha), space.rank
         return Restrained(kept, max(0.0, removed_share(delta, kept)), rank)
 
+    def memory(self) -> dict[str, Tensor]:
+        """The space that is followed, see `Remembering`."""
+        return {} if self._tracked is None else self._tracked.memory()
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """The reverse of `memory`."""
+        self._tracked = TrackedSpace(self.config.eta, self.config.row_normalize)
+        self._tracked.recall(memory)
+
     def _fit(self, weight: Tensor) -> PrincipalSpace:
         if self.config.basis == "current":
             return PrincipalSpace.fit(weight, self.config.eta, row_normalize=self.config.row_normalize)
         if self._space is None:
-            self._space = PrincipalSpace.fit(
-                self.pretrained.to(weight.device), self.config.eta, row_normalize=self.config.row_normalize
-            )
-            _ = self._space.basis  # it serves many updates, and is smaller than what it is made of
+            pretrained = self.pretrained.to(weight.device)
+            self._space = self._spaces.space_of(pretrained, self.config.eta, self.config.row_normalize)
         return self._space

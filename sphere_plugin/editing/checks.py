@@ -1,0 +1,62 @@
+"""What is checked of a batch and its model, so that what cannot be edited is told before the long work starts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from sphere_plugin.editing.aim import Aimed
+from sphere_plugin.editing.locate import Locator
+from sphere_plugin.editing.requests import Fact
+from sphere_plugin.errors import ModelError, RequestError
+from sphere_plugin.models.forward import longest_text
+
+_LOG = logging.getLogger("sphere_plugin")
+
+
+def check_tokens(facts: Sequence[Fact], locator: Locator, model: nn.Module) -> None:
+    """Raise RequestError if a fact has no tokens, or more than the model takes; warn of those that hardly take."""
+    for number, fact in enumerate(facts):
+        try:
+            sentence = locator.aimed(fact)
+        except RequestError as error:
+            where = f"requests[{number}].{error.culprit}"
+            raise RequestError(where, error.got, error.expected, error.remedy) from None
+        longest = longest_text(model, len(sentence.ids))
+        if len(sentence.ids) > longest:
+            raise RequestError(
+                f"requests[{number}].prompt",
+                f"{len(sentence.ids)} tokens",
+                f"at most {longest}, which is what the model takes",
+                "Shorten it.",
+            )
+        if sentence.lookup == 0:
+            _LOG.warning(
+                "the subject of %r is the first token the model sees, where decoders keep an attention sink: "
+                "such edits hardly take; put words before it",
+                fact.prompt,
+            )
+
+
+def check_losses(aimed: Aimed) -> None:
+    """Raise ModelError if a loss is no number: such a search has found nothing, and writing its target does harm."""
+    for number, loss in enumerate(aimed.losses.tolist()):
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"loss of requests[{number}]",
+                loss,
+                "a finite number",
+                "Nothing was written. Lower v_lr, load the model in float32, or check its weights for NaN.",
+            )
+
+
+def check_attention(model: nn.Module) -> None:
+    """Raise ModelError if the model computes attention in a way that takes no mask ready-made."""
+    kind = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
+    if kind not in ("sdpa", "eager"):
+        raise ModelError(
+            "attention implementation", kind, "sdpa or eager", 'Load the model with attn_implementation="sdpa".'
+        )
