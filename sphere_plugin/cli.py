@@ -7,15 +7,20 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from sphere_plugin._version import __version__
 from sphere_plugin.errors import ConfigError, SphereError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. A SphereError becomes one sentence on stderr."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    told = logging.StreamHandler()
+    told.setLevel(logging.WARNING)  # what is logged below that goes to the logs of runs
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[told])
     try:
         return int(arguments.run(arguments))
     except SphereError as error:
@@ -27,6 +32,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sphere", description="Knowledge editing that does not wear the model out.")
     parser.add_argument("--version", action="version", version=f"sphere-plugin {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_run, _add_report, _add_undo, _add_export, _add_doctor, _add_launch, _add_adapter):
+        add(commands)
+    return parser
+
+
+def _add_demo(commands: Commands) -> None:
     demo = commands.add_parser("demo", help="edit a real model with and without SPHERE, side by side")
     demo.set_defaults(run=_demo)
     demo.add_argument("--hparams", type=Path, default=Path("hparams/SPHERE/smollm2-135m.yaml"), help="settings (YAML)")
@@ -38,9 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--batch-size", type=int, default=20, help="facts per batch (default: 20)")
     demo.add_argument("--checkpoints", help="score all edits so far after these numbers (default: three)")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for figure, numbers and logs")
+
+
+def _add_doctor(commands: Commands) -> None:
     doctor = commands.add_parser("doctor", help="what is here, what a YAML will touch and cost, what is missing")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("hparams", metavar="YAML", type=Path, nargs="?", help="settings of any method")
+
+
+def _add_launch(commands: Commands) -> None:
     launch = commands.add_parser("launch", help="run an EasyEdit script as it is, with the plugin active")
     launch.set_defaults(run=_launch)
     launch.add_argument("--sphere", action="store_true", help="project every update, whatever the YAML says")
@@ -48,6 +65,27 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--alpha", type=float, help="the same, with this suppression strength")
     launch.add_argument("script", metavar="SCRIPT", help="a path, or the name of a script in EasyEdit's examples")
     launch.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
+
+
+def _add_undo(commands: Commands) -> None:
+    undo = commands.add_parser("undo", help="take the last edits of a run back")
+    undo.set_defaults(run=_undo)
+    undo.add_argument("folder", metavar="DIR", type=Path, help="folder of the run")
+    undo.add_argument("--to", metavar="N", type=int, required=True, help="how many edits stay; 0: none")
+
+
+def _add_export(commands: Commands) -> None:
+    export = commands.add_parser("export", help="make a model, a file of differences or a LoRA from a run's edits")
+    export.set_defaults(run=_export)
+    export.add_argument("folder", metavar="DIR", type=Path, help="folder of the run")
+    export.add_argument("out", metavar="OUT", type=Path, help="folder, or for delta file, to make")
+    export.add_argument("--format", default="hf", choices=("hf", "delta", "adapter"), help="of OUT (default: hf)")
+    export.add_argument("--at", metavar="N", type=int, help="after this many edits (default: all)")
+    export.add_argument("--rank", type=int, help="of an adapter (default: what loses less than 1 %% of an update)")
+    export.add_argument("--model", help="where the unedited model is, instead of where the run found it")
+
+
+def _add_adapter(commands: Commands) -> None:
     adapter = commands.add_parser("project-adapter", help="write a saved LoRA adapter anew, projected")
     adapter.set_defaults(run=_project_adapter)
     adapter.add_argument("source", metavar="IN", type=Path, help="folder of the adapter, from save_pretrained")
@@ -55,7 +93,45 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--base", metavar="MODEL", required=True, help="the model it was trained on: name or folder")
     adapter.add_argument("--eta", type=float, default=0.5, help="cumulative ratio (default: 0.5)")
     adapter.add_argument("--alpha", type=float, default=0.8, help="suppression strength (default: 0.8)")
-    return parser
+
+
+def _add_report(commands: Commands) -> None:
+    report = commands.add_parser("report", help="one page of runs: tables, curves, neurons, tests; and its figures")
+    report.set_defaults(run=_report)
+    report.add_argument("folders", metavar="DIR", type=Path, nargs="+", help="folders of runs, or folders of those")
+    report.add_argument("--out", type=Path, help="folder to write to (default: report, in the first DIR)")
+    report.add_argument("--at", metavar="N", type=int, help="compare after N edits (default: the last all runs have)")
+    report.add_argument("--layer", type=int, help="whose neurons to show (default: the last edited one)")
+    report.add_argument("--neurons", metavar="N", type=int, default=1000, help="show N at most (default: 1000)")
+
+
+def _add_run(commands: Commands) -> None:
+    run = commands.add_parser("run", help="edit thousands of facts in sequence, and measure what stays of them")
+    run.set_defaults(run=_run)
+    run.add_argument("settings", metavar="YAML", type=Path, nargs="?", help="settings of the run; flags win over it")
+    run.add_argument("--resume", metavar="DIR", type=Path, help="go on with the run, or the comparison, in DIR")
+    run.add_argument("--without-guard", action="store_true", help="with --resume: go on although the guard stopped it")
+    run.add_argument("--preset", help="settings of the paper: table1-llama3-8b and others, see docs/run.md")
+    run.add_argument("--scale", type=float, help="this share of a preset's edits, checkpoints and batch size")
+    run.add_argument("--entry", help="what edits: memit, memit+sphere, alphaedit, ft, ... (docs/run.md)")
+    run.add_argument("--compare", metavar="ENTRIES", help="several entries with commas between them; all: twelve")
+    run.add_argument("--hparams", type=Path, help="settings of the method (YAML for SPHERE)")
+    run.add_argument("--model", help="Hugging Face name or folder, or the name of a YAML in hparams/SPHERE")
+    run.add_argument("--data", type=Path, help="file of facts (default: the project's own)")
+    run.add_argument("--text", type=Path, help="held-out text for perplexity (default: the project's own)")
+    run.add_argument("--edits", type=int, help="how many facts")
+    run.add_argument("--batch-size", type=int, help="facts per batch (default: 100)")
+    run.add_argument("--checkpoints", help="score all edits so far after these numbers (default: at the end)")
+    run.add_argument("--order", type=int, help="seed of the order of the facts (default: that of the file)")
+    run.add_argument("--sample", type=int, help="score so many edits at most at a checkpoint (default: all)")
+    run.add_argument("--fluency", type=int, help="tokens of texts that fluency is measured on, at the end")
+    run.add_argument("--protocol", choices=("tokens", "exact"), help="which scores the tables show (default: tokens)")
+    run.add_argument("--seed", type=int, help="of everything random but the order (default: 0)")
+    run.add_argument("--share-targets", action="store_true", default=None, help="aim once for all entries: quick")
+    run.add_argument("--set", metavar="[ENTRY.]KEY=VALUE", action="append", default=[], help="a setting of the method")
+    run.add_argument("--jobs", type=int, default=1, help="entries at a time (default: 1)")
+    run.add_argument("--plan", action="store_true", help="only say what it would take: time, memory, disk")
+    run.add_argument("--out", metavar="DIR", type=Path, help="folder for the run")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -77,6 +153,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     print(table(result))
     print(f"\nFigure and numbers: {out / 'demo.png'}, {out / 'demo.json'}")
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.sequence.command import run
+
+    code, lines = run(arguments)
+    print("\n".join(lines))
+    return code
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -109,6 +193,38 @@ def _doctor(arguments: argparse.Namespace) -> int:
     missing = sum(one.verdict == "missing" for one in findings)
     print(f"\n{missing} thing{'s' if missing > 1 else ''} missing" if missing else "\nready")
     return 1 if missing else 0
+
+
+def _undo(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.journaling.undoing import undo
+
+    undone = undo(arguments.folder.expanduser(), arguments.to)
+    where = "" if undone.kept is None else f"; what was taken back is in {undone.kept}"
+    print(f"{arguments.folder}: {undone.edits} edits, {undone.batches} batches taken back{where}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.journaling.exporting import export
+
+    folder, out = arguments.folder.expanduser(), arguments.out.expanduser()
+    exported = export(folder, out, arguments.format, arguments.at, arguments.rank, arguments.model)
+    rank = "" if exported.rank is None else f", rank {exported.rank}"
+    print(f"{out}: {exported.edits} edits, {exported.format}{rank}")
+    for name, error in exported.errors.items():
+        print(f"    {name}: {error:.3%} of the update missing")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.progress import Bars
+    from sphere_plugin.report.page import Options, write_report
+
+    folders = [folder.expanduser() for folder in arguments.folders]
+    out = folders[0] / "report" if arguments.out is None else arguments.out.expanduser()
+    options = Options(arguments.at, arguments.layer, arguments.neurons)
+    print(write_report(folders, out, options, Bars()))
+    return 0
 
 
 def _project_adapter(arguments: argparse.Namespace) -> int:

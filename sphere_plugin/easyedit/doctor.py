@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
-import inspect
 import os
 import platform
 import time
@@ -18,16 +17,15 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from sphere_plugin.easyedit.host import Host
-from sphere_plugin.easyedit.hparams import PruneHyperParams, RectHyperParams, SphereHyperParams
-from sphere_plugin.easyedit.keys import Asked, asked_of, hparams_class, refusal
+from sphere_plugin.easyedit.keys import Asked, asked_of, refusal
 from sphere_plugin.easyedit.methods import METHODS, OWN, Method
+from sphere_plugin.easyedit.reading import load_any
 from sphere_plugin.easyedit.registration import register, unregister
 from sphere_plugin.easyedit.targets import find_weights
-from sphere_plugin.errors import ConfigError, HostError, ModelError, SphereError
+from sphere_plugin.errors import HostError, ModelError, SphereError
 from sphere_plugin.files import cache_folder, check_writable
 from sphere_plugin.geometry import PrincipalSpace, is_transposed, neurons
 from sphere_plugin.models.stored import stored_weight, structure
@@ -158,51 +156,6 @@ def _settings(path: Path, host: Host) -> Iterator[Finding]:
     yield from _cost(model, weights, hparams, half)
     if sphere is not None and sphere.alpha:
         yield from _measured(model, hparams.model_name, list(weights), sphere)
-
-
-def load_any(path: Path, host: Host) -> Any:
-    """Load a YAML with the class of the method that it names.
-
-    Raises:
-        ConfigError: no file, no YAML, no ``alg_name``, or a method that the host does not have.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            "hparams", str(path), f"a YAML file that can be read ({error})", "Check the path."
-        ) from error
-    name = (content.get("alg_name") or content.get("alg")) if isinstance(content, Mapping) else None
-    known = sorted({*host.alg_dict, *OWN})
-    for own in (SphereHyperParams, RectHyperParams, PruneHyperParams):
-        if name == own.ALG_NAME:
-            return own.from_hparams(path)
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-        raise ConfigError("alg_name", name, "a method of EasyEdit", f"The nearest one is {near!r}.")
-    errors: list[Exception] = []
-    for kind in _classes(host, str(name)):
-        try:
-            return kind.from_hparams(str(path))
-        except SphereError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever EasyEdit's loaders raise
-            errors.append(error)
-    raise ConfigError("hparams", str(path), f"keys that {name} takes ({errors[-1]})", "Compare with EasyEdit's YAMLs.")
-
-
-def _classes(host: Host, name: str) -> list[Any]:
-    """The classes of hyper-parameters in the package that a method comes from, the plainest name first."""
-    module = inspect.getmodule(inspect.unwrap(host.alg_dict[name]))
-    package = getattr(module, "__name__", "").rpartition(".")[0]
-    found: list[Any] = []
-    waiting: list[Any] = list(hparams_class().__subclasses__())
-    while waiting:
-        kind = waiting.pop()
-        waiting.extend(kind.__subclasses__())
-        if kind.__module__.startswith(f"{package}."):
-            found.append(kind)
-    return sorted(found, key=lambda kind: len(kind.__name__))
 
 
 def _method(name: str, asked: Asked | None) -> str:

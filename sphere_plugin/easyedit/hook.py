@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from sphere_plugin.easyedit.targets import unrestrained_writes, weights_of
 from sphere_plugin.editing.account import Touched, log_apply
 from sphere_plugin.errors import ModelError
 from sphere_plugin.geometry.neurons import is_transposed, neurons
-from sphere_plugin.journal import Snapshot, all_or_nothing
+from sphere_plugin.journaling import Snapshot, all_or_nothing
 from sphere_plugin.restraints import BoundRestraint
 
 Apply = Callable[..., Any]
@@ -115,6 +115,7 @@ class WeightSession:
         method: EasyEdit's function.
         asked: the restraints.
         repairs: see `Hooked.session`.
+        touched: what the last call did, without the weights.
     """
 
     name: str
@@ -122,6 +123,7 @@ class WeightSession:
     method: Apply
     asked: Asked
     repairs: bool
+    touched: tuple[Touched, ...] = ()
     _bound: dict[str, BoundRestraint] = field(default_factory=dict, repr=False)
     _model: nn.Module | None = field(default=None, repr=False)
     _run: Apply | None = field(default=None, repr=False)
@@ -145,7 +147,9 @@ class WeightSession:
             strays.warn(self.name)
             with torch.no_grad():
                 touched = [self._restrain(edited, name, old) for name, old in before.tensors.items()]
-            log_apply(f"{self.name} + {self.asked.label}", None, [one for one in touched if one is not None])
+            written = [one for one in touched if one is not None]
+            log_apply(f"{self.name} + {self.asked.label}", None, written)
+            self.touched = tuple(replace(one, before=None, after=None) for one in written)
         if self.what.undo == "call":
             return edited, functools.partial(before.restore, weights)
         wanted = returned or (self.repairs and kwargs.get("return_orig_weights"))

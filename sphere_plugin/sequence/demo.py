@@ -12,12 +12,11 @@ import queue
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -29,7 +28,9 @@ from sphere_plugin.easyedit.registration import register
 from sphere_plugin.errors import ConfigError, SphereError
 from sphere_plugin.evaluation import Quality
 from sphere_plugin.files import check_writable, write_json
+from sphere_plugin.sequence.entries import absolute
 from sphere_plugin.sequence.run import Checkpoint, SequentialRun, check_schedule
+from sphere_plugin.sequence.workers import workers_environment
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -120,7 +121,7 @@ def _side_by_side(demo: Demo) -> dict[str, list[dict[str, Any]]]:
         for name, hparams in entries.items()
     }
     scored = {name: [] for name in entries}  # type: dict[str, list[dict[str, Any]]]
-    with _one_thread_each():
+    with workers_environment(1):
         for worker in workers.values():
             worker.start()
     bars = {name: tqdm(total=0, desc=f"{name:20}", bar_format=BAR, position=n) for n, name in enumerate(entries)}
@@ -163,33 +164,6 @@ def _next(messages: Any, workers: dict[str, Any], running: set[str], out: Path) 
                     ) from None
 
 
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Environment for the workers: one thread each, and an allocator that keeps the memory it has.
-
-    Two runs of one thread beat one run of two threads by far on two shared cores. Giving freed memory back to the
-    system and faulting it in again, which glibc does for large tensors, costs more than many of the products.
-    """
-    wanted = {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "MALLOC_TRIM_THRESHOLD_": "-1",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-        "MALLOC_TOP_PAD_": str(1 << 26),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 def _work(name: str, hparams: SphereHyperParams, demo: Demo, messages: Any) -> None:
     """One run, in its own process."""
     folder = demo.out / _log_name(name).removesuffix(".log")
@@ -225,8 +199,16 @@ def _log_name(name: str) -> str:
 
 
 def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint as JSON has it."""
-    scores = dataclasses.asdict(checkpoint.scores)
+    """A checkpoint as JSON has it: strict scores, and the paper's Specificity, against the unedited model."""
+    made = checkpoint.scores
+    scores = {
+        "edits": made.edits,
+        "efficacy": made.efficacy_exact,
+        "generalization": made.generalization_exact,
+        "specificity": made.locality,
+        "efficacy_tokens": made.efficacy,
+        "nll": made.nll,
+    }
     energy = {f"{s:g}": values for s, values in checkpoint.energy.items()}
     return {**scores, "energy": energy, "fresh": checkpoint.fresh, "seconds": round(checkpoint.seconds, 1)}
 
@@ -237,13 +219,7 @@ def demo_hparams(path: Path, base_method: str, model: str | None) -> SphereHyper
     changes: dict[str, Any] = {} if model is None else {"model_name": model}
     if hparams.base_method != base_method:
         changes |= {"base_method": base_method, "alpha": None}
-    hparams = dataclasses.replace(hparams, **changes)
-    # The runs work in folders of their own, where a path relative to this one would lead elsewhere.
-    for name in ("model_name", "mom2_dataset", "stats_dir"):
-        path = Path(getattr(hparams, name) or "").expanduser()
-        if getattr(hparams, name) and (path.exists() or name == "stats_dir"):
-            setattr(hparams, name, str(path.resolve()))
-    return hparams
+    return cast(SphereHyperParams, absolute(dataclasses.replace(hparams, **changes)))
 
 
 def held_out(path: Path | None) -> str:

@@ -1,0 +1,87 @@
+"""A method of EasyEdit in a run: batches of requests in, weights changed, nothing scored."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sphere_plugin.easyedit.hook import WeightSession
+from sphere_plugin.easyedit.methods import METHODS
+from sphere_plugin.easyedit.standins import PACKAGE
+from sphere_plugin.easyedit.targets import weights_of
+from sphere_plugin.errors import ConfigError
+
+CACHE = "CONTEXT_TEMPLATES_CACHE"
+
+
+class Hosted:
+    """Calls the method of a BaseEditor as its sequential edits do.
+
+    Args:
+        editor: a BaseEditor.
+        seed: random numbers of batch n come from (seed, n).
+
+    Raises:
+        ConfigError: the method writes no weights, or remembers more than weights between its calls.
+    """
+
+    def __init__(self, editor: Any, seed: int) -> None:
+        self.editor, self.seed, self.name = editor, seed, editor.alg_name
+        method = METHODS.get(self.name)
+        if method is None or method.writes != "weights":
+            remedy = "Run a method that writes weights; docs/methods.md has a table."
+            raise ConfigError("method", self.name, "a method that writes weights of the model", remedy)
+        if method.remembers:
+            remedy = "Take this package's own editor: base_method AlphaEdit or MEMIT."
+            raise ConfigError("method", self.name, "a method whose whole state are the weights", remedy)
+        self.weights: Mapping[str, nn.Parameter] = weights_of(editor.model, editor.hparams, method)
+
+    def prepare(self) -> Sequence[str]:
+        """Write the context templates of methods that have them, now: they keep the first ones for good."""
+        self._seed(0)
+        found: list[str] = []
+        for module in self._modules():
+            setattr(module, CACHE, None)
+            params = self.editor.hparams.context_template_length_params
+            templates = module.get_context_templates(self.editor.model, self.editor.tok, params)
+            for one in templates:
+                found += [one] if isinstance(one, str) else one
+        return found
+
+    def apply(self, requests: Sequence[Mapping[str, Any]], number: int) -> dict[str, tuple[int, float]]:
+        """Write a batch: in one call where the method takes batches, one request after the other where not.
+
+        Returns:
+            Weight -> (r, mean share of its updates that restraints took away); empty without restraints.
+        """
+        self._seed(number)
+        editor, session = self.editor, self.editor.apply_algo
+        batcher = sys.modules[f"{PACKAGE}.editors.batch_editor"].BatchEditor
+        whole = [{"ground_truth": "<|endoftext|>", "portability": {}, "locality": {}, **one} for one in requests]
+        pieces = [whole] if batcher.is_batchable_method(self.name) else [[one] for one in whole]
+        editor.hparams.batch_size = len(pieces[0])
+        told: dict[str, list[tuple[int, float]]] = {}
+        for piece in pieces:
+            session(editor.model, editor.tok, piece, editor.hparams, copy=False, return_orig_weights=False)
+            for one in session.touched if isinstance(session, WeightSession) else ():
+                told.setdefault(one.name, []).append((one.rank, one.removed_share))
+        return {name: (parts[-1][0], sum(share for _, share in parts) / len(parts)) for name, parts in told.items()}
+
+    def _modules(self) -> list[Any]:
+        """The module of this method, if it has context templates; it is where the method's function is defined."""
+        session = self.editor.apply_algo
+        method = getattr(session, "method", session)
+        module = sys.modules.get(getattr(method, "__module__", ""))
+        return [module] if module is not None and hasattr(module, CACHE) else []
+
+    def _seed(self, number: int) -> None:
+        seed = (self.seed * 1_000_003 + number) % 2**32
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)

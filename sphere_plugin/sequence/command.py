@@ -1,0 +1,115 @@
+"""What ``sphere run`` does with its arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from tqdm import tqdm
+
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.files import read_json
+from sphere_plugin.progress import Bars
+from sphere_plugin.sequence.compare import COMPARISON, Ended, compare
+from sphere_plugin.sequence.entries import label, parse
+from sphere_plugin.sequence.manifest import read_manifest
+from sphere_plugin.sequence.plan import plan
+from sphere_plugin.sequence.presets import preset
+from sphere_plugin.sequence.runner import resume, start
+from sphere_plugin.sequence.settings import RunSettings
+from sphere_plugin.sequence.workers import logged
+
+# Flags that are settings of the same name.
+_SAME: Final = ("data", "text", "edits", "batch_size", "checkpoints", "order", "sample", "fluency") + (
+    ("protocol", "seed", "share_targets")
+)
+
+
+def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
+    """Start, continue or plan a run; returns the exit code, 1 if an entry failed or was stopped, and what to say."""
+    if arguments.resume is not None:
+        folder = arguments.resume.expanduser().resolve()
+        return _told(_resumed(folder, arguments), folder)
+    settings = settings_of(arguments)
+    if arguments.plan:
+        return 0, [plan(settings.for_entry(entry)).sentence(label(entry)) for entry in settings.entries]
+    if arguments.out is None:
+        raise ConfigError("--out", "nothing", "a folder for the run", "Write --out runs/NAME.")
+    out = arguments.out.expanduser().resolve()
+    if arguments.compare is None and len(settings.entries) == 1:
+        return _told(_single(settings, out), out)
+    return _told(_several(settings, out, arguments.jobs), out)
+
+
+def settings_of(arguments: argparse.Namespace) -> RunSettings:
+    """The settings in the YAML, over those of the preset, under the flags."""
+    content: dict[str, Any] = {} if arguments.preset is None else preset(arguments.preset, arguments.scale)
+    if arguments.settings is not None:
+        content |= RunSettings.from_yaml(arguments.settings)
+    content |= {name: getattr(arguments, name) for name in _SAME if getattr(arguments, name) is not None}
+    if arguments.compare is not None or arguments.entry is not None:
+        content["entries"] = parse(arguments.compare or arguments.entry)
+    if arguments.hparams is not None:
+        content["hparams"] = arguments.hparams
+    if arguments.model is not None:
+        content |= _model(arguments.model, Path(content.get("hparams") or "hparams/SPHERE/smollm2-135m.yaml"))
+    content.setdefault("hparams", Path("hparams/SPHERE/smollm2-135m.yaml"))
+    content["settings"] = _with(content.get("settings") or {}, arguments.set)
+    return RunSettings.from_mapping(content)
+
+
+def _model(name: str, hparams: Path) -> dict[str, Any]:
+    """A model by the name of its YAML, which lies beside ``hparams``, or any other model with the same settings."""
+    beside = hparams.expanduser().with_name(f"{name}.yaml")
+    return {"hparams": beside, "model": None} if beside.exists() else {"model": name}
+
+
+def _with(settings: Mapping[str, Mapping[str, Any]], given: list[str]) -> dict[str, dict[str, Any]]:
+    """The settings, with those of ``--set``: "KEY=VALUE" for all entries, "ENTRY.KEY=VALUE" for one."""
+    found = {entry: dict(values) for entry, values in settings.items()}
+    for one in given:
+        key, equals, value = one.partition("=")
+        entry, dot, name = key.rpartition(".")
+        if not equals or not name:
+            raise ConfigError(
+                "--set", one, "KEY=VALUE or ENTRY.KEY=VALUE", "Write --set memit.mom2_update_weight=200."
+            )
+        found.setdefault(entry if dot else "all", {})[name] = yaml.safe_load(value)
+    return found
+
+
+def _single(settings: RunSettings, out: Path) -> list[Ended]:
+    with logged(out):
+        outcome = start(settings, out, Bars(hide=frozenset(("aiming",))))
+    return [Ended(settings.entries[0], outcome.edits, outcome.stopped)]
+
+
+def _resumed(folder: Path, arguments: argparse.Namespace) -> list[Ended]:
+    if (folder / COMPARISON).exists():
+        return _several(RunSettings.from_mapping(read_json(folder / COMPARISON)), folder, arguments.jobs)
+    entry = read_manifest(folder)["entry"]
+    with logged(folder):
+        outcome = resume(folder, Bars(hide=frozenset(("aiming",))), guarded=not arguments.without_guard)
+    return [Ended(entry, outcome.edits, outcome.stopped)]
+
+
+def _several(settings: RunSettings, out: Path, jobs: int) -> list[Ended]:
+    with tqdm(total=settings.edits * len(settings.entries), desc="edits") as bar:
+        return compare(settings, out, jobs, lambda done: _set(bar, done))
+
+
+def _set(bar: tqdm[Any], done: int) -> None:
+    bar.n = done
+    bar.refresh()
+
+
+def _told(ended: list[Ended], folder: Path) -> tuple[int, list[str]]:
+    states = [one.failed or one.stopped for one in ended]
+    lines = [
+        f"{label(one.entry):28} {one.edits:6d} edits{'' if state is None else '; ' + state}"
+        for one, state in zip(ended, states, strict=True)
+    ]
+    return int(any(states)), [*lines, "", str(folder), f"sphere report {folder}"]

@@ -1,0 +1,140 @@
+"""The entries of a comparison, by name: "memit", "memit+sphere", "ft", a YAML of any other method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from sphere_plugin.easyedit.host import load_host
+from sphere_plugin.easyedit.hparams import PruneHyperParams, RectHyperParams, SphereHyperParams
+from sphere_plugin.easyedit.reading import load_any
+from sphere_plugin.editing.config import ALPHA_OF
+from sphere_plugin.errors import ConfigError
+
+# Name -> how it is written. The first four are solved by this package's own editor, the others by EasyEdit.
+OWN: Final = MappingProxyType({"memit": "MEMIT", "alphaedit": "AlphaEdit", "rect": "RECT", "prune": "PRUNE"})
+HOSTED: Final = MappingProxyType({"ft": "FT", "rome": "ROME"})
+# What may follow a plus sign. The last two are controls, see `restraints.controls`.
+VARIANTS: Final = MappingProxyType({"sphere": "SPHERE", "shrunk": "SPHERE's length", "random": "random subspace"})
+ALL: Final = tuple(f"{base}{variant}" for base in (*OWN, *HOSTED) for variant in ("", "+sphere"))
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """The base and the variant of an entry's name.
+
+    Raises:
+        ConfigError: there is no such entry.
+    """
+    base, plus, variant = name.partition("+")
+    known = base in OWN or (base in HOSTED and variant in ("", "sphere"))
+    if not known or (plus and variant not in VARIANTS):
+        bases = ", ".join((*OWN, *HOSTED))
+        raise ConfigError(
+            "entry", name, f"one of {bases}, alone or with +sphere", "The four first also take +shrunk and +random."
+        )
+    return base, variant or None
+
+
+def label(name: str) -> str:
+    """As it stands in tables: "MEMIT + SPHERE"."""
+    base, variant = split(name)
+    return " + ".join([{**OWN, **HOSTED}[base], *([VARIANTS[variant]] if variant else [])])
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """Entries with commas between them, each once; "all" are the twelve of the paper's comparison."""
+    names = ALL if text.strip() == "all" else tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        split(name)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError("entries", text, "names of entries, each once", "Write memit,memit+sphere or all.")
+    return names
+
+
+def hparams_of(name: str, path: Path, model: str | None, settings: Mapping[str, Any]) -> Any:
+    """The hyper-parameters of an entry.
+
+    Args:
+        name: the entry.
+        path: a YAML for SPHERE; those of FT and ROME stand beside its folder, hparams/FT/<same file>.
+        model: replaces the YAML's model.
+        settings: key -> value, over those of the YAML.
+
+    Raises:
+        ConfigError: a file is missing, or a key or value is wrong.
+    """
+    base, variant = split(name)
+    changes = {**settings, **({} if model is None else {"model_name": model})}
+    if base in OWN:
+        return _own(base, variant, SphereHyperParams.from_hparams(path), changes)
+    return _hosted(HOSTED[base], variant, path, changes)
+
+
+def _own(base: str, variant: str | None, given: SphereHyperParams, changes: dict[str, Any]) -> SphereHyperParams:
+    kinds = {"rect": RectHyperParams, "prune": PruneHyperParams}
+    kind: type[SphereHyperParams] = kinds.get(base, SphereHyperParams)
+    method = "AlphaEdit" if base == "alphaedit" else "MEMIT"
+    strength = given.alpha if given.base_method == method else dict(ALPHA_OF)[method]
+    values = {f.name: getattr(given, f.name) for f in dataclasses.fields(SphereHyperParams)}
+    for key in ("alg_name", "rect", "prune", *(("projection",) if base in kinds else ())):
+        del values[key]
+    values |= {"base_method": method, "alpha": strength}
+    values |= _known(changes, kind)
+    values["alpha"] = values["alpha"] if variant else 0.0
+    values["control"] = variant if variant in ("shrunk", "random") else None
+    return kind(**values)
+
+
+def _known(changes: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in changes:
+        if key not in names:
+            raise ConfigError("settings", key, "a key of the YAML", "See docs/hparams.md for what there is.")
+    return dict(changes)
+
+
+def _hosted(method: str, variant: str | None, path: Path, changes: Mapping[str, Any]) -> Any:
+    yaml = path.expanduser().resolve().parent.parent / method / path.name
+    if not yaml.exists():
+        remedy = f"Write one for {method}, or leave this entry out."
+        raise ConfigError("hparams", str(yaml), f"EasyEdit's YAML of {method} for this model", remedy)
+    hparams = load_any(yaml, load_host())
+    for key, value in changes.items():
+        if not hasattr(hparams, key):
+            raise ConfigError("settings", key, f"a key of {yaml.name}", "Check the spelling.")
+        setattr(hparams, key, value)
+    if variant:
+        hparams.sphere = True
+    return hparams
+
+
+def settings_of(name: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of an entry: those under "all", under its base, and under its full name, the last one winning."""
+    chosen: dict[str, Any] = {}
+    for key in ("all", split(name)[0], name):
+        chosen |= given.get(key, {})
+    return chosen
+
+
+def check_settings(given: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Raise ConfigError for settings of an entry that does not run."""
+    used = {"all", *names, *(split(name)[0] for name in names)}
+    for key in given:
+        if key not in used:
+            raise ConfigError("settings", key, "all, or one of the entries", f"Entries are {', '.join(names)}.")
+
+
+def absolute(hparams: Any) -> Any:
+    """The same hyper-parameters, with paths that lead to the same place from any working directory; changed in place.
+
+    A run changes it, because EasyEdit writes to where it stands.
+    """
+    for name in ("model_name", "mom2_dataset", "stats_dir"):
+        given = getattr(hparams, name, None)
+        path = Path(given or "").expanduser()
+        if given and (path.exists() or name == "stats_dir"):
+            setattr(hparams, name, str(path.resolve()))
+    return hparams

@@ -1,0 +1,126 @@
+"""What a run is: written before its first edit, and checked against what is there when it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from sphere_plugin._version import __version__
+from sphere_plugin.errors import CacheError
+from sphere_plugin.files import read_json
+from sphere_plugin.journaling.disk import plain
+from sphere_plugin.sequence.entries import label
+from sphere_plugin.sequence.settings import RunSettings
+
+_LOG = logging.getLogger("sphere_plugin")
+
+FORMAT: Final = 1
+NAME: Final = "manifest.json"
+
+
+def manifest_of(
+    settings: RunSettings, hparams: Any, dtype: torch.dtype, contexts: Sequence[str], weights: str
+) -> dict[str, Any]:
+    """The content of a new run's manifest, docs/run-folder.md.
+
+    Args:
+        settings: of one entry.
+        hparams: the method's.
+        dtype: of the edited weights.
+        contexts: prefixes facts are edited behind.
+        weights: fingerprint of the touched weights before any edit.
+    """
+    name = Path(str(hparams.model_name)).name
+    content = {
+        "format": FORMAT,
+        "entry": settings.entries[0],
+        "label": label(settings.entries[0]),
+        "method": {"alg_name": hparams.alg_name, "hparams": {**vars(hparams), "model_name": name}},
+        "model": {"name": str(hparams.model_name), "dtype": str(dtype).removeprefix("torch."), "weights": weights},
+        "data": {
+            "file": "facts.json" if settings.data is None else settings.data.name,
+            "sha256": data_digest(settings.data),
+            "records": settings.edits,
+            "order": settings.order,
+        },
+        "edits": settings.edits,
+        "batch_size": settings.batch_size,
+        "checkpoints": list(settings.checkpoints),
+        "sample": settings.sample,
+        "share_targets": settings.share_targets,
+        "protocol": dict.fromkeys(("efficacy", "generalization", "specificity"), settings.protocol),
+        "preset": settings.preset,
+        "contexts": list(contexts),
+        "settings": settings.plain(),
+        **surroundings(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    told: dict[str, Any] = plain(content)
+    return told
+
+
+def surroundings() -> dict[str, Any]:
+    """What the last digits of a run depend on."""
+    libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
+    return {
+        "threads": torch.get_num_threads(),
+        "versions": {"sphere-plugin": __version__, "python": platform.python_version(), **libraries},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def data_digest(path: Path | None) -> str:
+    """SHA-256 of a file of facts; None: the project's own."""
+    content = files("sphere_plugin.data").joinpath("facts.json").read_bytes() if path is None else path.read_bytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the run in ``folder``.
+
+    Raises:
+        CacheError: there is none, or it is of another format.
+    """
+    path = folder / NAME
+    if not path.exists():
+        raise CacheError(str(folder), "no manifest", "the folder of a run", "Give the folder that --out named.")
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        got = content.get("format") if isinstance(content, dict) else type(content).__name__
+        remedy = "Read it with the version of sphere-plugin that wrote it."
+        raise CacheError(str(path), got, f"a manifest of format {FORMAT}", remedy)
+    return content
+
+
+def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other facts, another model or other prefixes; warn of what changes the last digits.
+
+    Raises:
+        CacheError: names what differs.
+    """
+    same = (("data", "sha256", "the file of facts"), ("model", "weights", "the model's weights before any edit"))
+    for part, key, what in same:
+        if then[part][key] != now[part][key]:
+            remedy = "Continue with what the run began with, or begin a new one."
+            raise CacheError(f"{folder}: {what}", now[part][key], f"{then[part][key]}, as in the manifest", remedy)
+    if then["contexts"] != now["contexts"]:
+        remedy = "They come from the model and the seed: use the versions of the manifest, or begin a new run."
+        raise CacheError(f"{folder}: prefixes", now["contexts"], f"{then['contexts']}, as in the manifest", remedy)
+    for key in ("threads", "versions", "machine"):
+        if then[key] != now[key]:
+            _LOG.warning(
+                "the run began with %s %s and goes on with %s: its last digits may differ from an uninterrupted one's",
+                key,
+                then[key],
+                now[key],
+            )

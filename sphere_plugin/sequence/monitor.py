@@ -1,0 +1,73 @@
+"""Numbers of the edited weights that cost next to nothing beside a batch of edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from sphere_plugin.errors import ModelError
+from sphere_plugin.geometry import hyperspherical_energy, neurons
+from sphere_plugin.geometry.spectral import largest_singular_value
+
+# The energies that are followed: s = 0 is the logarithmic one, s = 2 that of the paper's theorem.
+ORDERS: Final = (0.0, 1.0, 2.0)
+
+Energies = dict[str, float | None]
+
+
+def energies(weight: Tensor) -> Energies:
+    """Order -> hyperspherical energy of ``weight`` [d_out, d_in]; None where it has none: a zero row, equal rows."""
+    found: Energies = {}
+    for s in ORDERS:
+        try:
+            found[f"{s:g}"] = hyperspherical_energy(weight, s)
+        except ModelError:
+            found[f"{s:g}"] = None
+    return found
+
+
+class Monitor:
+    """Follows weights from before the first edit on.
+
+    Args:
+        unedited: name -> weight before any edit, as the model stores it.
+        transposed: name -> whether it is stored as [d_in, d_out].
+    """
+
+    def __init__(self, unedited: Mapping[str, Tensor], transposed: Mapping[str, bool]) -> None:
+        self._transposed = {name: transposed[name] for name, weight in unedited.items() if weight.dim() == 2}
+        self._unedited = {name: self._rows(name, unedited[name]) for name in self._transposed}
+        self.energy = {name: energies(weight) for name, weight in self._unedited.items()}
+
+    def batch(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+        """Weight -> `energy` and `sigma_max` now."""
+        rows = {name: self._rows(name, weights[name]) for name in self._transposed}
+        return {
+            name: {"energy": energies(one), "sigma_max": largest_singular_value(one)} for name, one in rows.items()
+        }
+
+    def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+        """Weight -> `update_norm` ‖W − W₀‖, `weight_norm` ‖W₀‖ and `sigma_max` now."""
+        told = {}
+        for name, before in self._unedited.items():
+            now, old = self._rows(name, weights[name]).float(), before.to(weights[name].device).float()
+            told[name] = {
+                "update_norm": float(torch.linalg.vector_norm(now - old)),
+                "weight_norm": float(torch.linalg.vector_norm(old)),
+                "sigma_max": largest_singular_value(now),
+            }
+        return told
+
+    def change(self, now: Mapping[str, Energies]) -> Energies:
+        """Weight -> relative change of its energy at s = 2 since before the first edit."""
+        found: Energies = {}
+        for name, known in self.energy.items():
+            old, new = known["2"], now[name]["2"]
+            found[name] = None if old is None or new is None else new / old - 1.0
+        return found
+
+    def _rows(self, name: str, weight: Tensor) -> Tensor:
+        return neurons(weight.detach(), self._transposed[name])

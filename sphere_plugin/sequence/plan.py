@@ -1,0 +1,91 @@
+"""What a run would take, from a short probe: nothing is kept, and nothing is written but key statistics."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from torch import Tensor
+
+from sphere_plugin.geometry import Factors
+from sphere_plugin.journaling import all_or_nothing
+from sphere_plugin.sequence.runner import Run
+from sphere_plugin.sequence.settings import RunSettings
+
+PROBE: Final = 10  # facts edited and scored
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        editing: seconds.
+        scoring: seconds, of all checkpoints.
+        disk: bytes of the folder.
+        memory: bytes the process had at most during the probe.
+        facts: how many the probe edited.
+    """
+
+    editing: float
+    scoring: float
+    disk: int
+    memory: int
+    facts: int
+
+    def sentence(self, label: str) -> str:
+        """For the terminal."""
+        return (
+            f"{label}: {_time(self.editing)} of editing and {_time(self.scoring)} of scoring, "
+            f"{self.disk / 1e6:.0f} MB of disk, {self.memory / 1e9:.1f} GB of memory "
+            f"(from {self.facts} facts; a whole batch at once is faster per fact, and takes more memory)"
+        )
+
+
+def plan(settings: RunSettings) -> Plan:
+    """Measure a few facts of a run of one entry.
+
+    Raises:
+        SphereError: whatever would end the run before its first batch.
+    """
+    with tempfile.TemporaryDirectory(prefix="sphere-plan-") as folder:
+        run = Run(settings, Path(folder) / "run")
+    count = min(PROBE, settings.batch_size, len(run.records))
+    started = time.perf_counter()
+    with all_or_nothing(run.weights) as before:
+        done = run.entrant.apply(run.records[:count], 1)
+        before.restore(run.weights)
+    editing = (time.perf_counter() - started) / count * len(run.records)
+    started = time.perf_counter()
+    run.quality.score(count)
+    per_prompt = (time.perf_counter() - started) / max(1, run.quality.prompts(count))
+    scored = sum(run.quality.prompts(min(point, settings.sample or point)) for point in settings.checkpoints)
+    batches = -(-len(run.records) // settings.batch_size)
+    whole = sum(_bytes(weight) for weight in run.weights.values())
+    facts = settings.batch_size / count
+    kept = sum(facts * _bytes(keys) for keys in done.keys.values())
+    kept += sum(min(_bytes(run.weights[name]), facts * _factors(one)) for name, one in done.updates.items())
+    kept = kept if done.updates else whole
+    return Plan(editing, per_prompt * scored, int(whole + batches * kept), _peak(), count)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _factors(update: Tensor | Factors) -> float:
+    return _bytes(update.left) + _bytes(update.right) if isinstance(update, Factors) else float("inf")
+
+
+def _peak() -> int:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

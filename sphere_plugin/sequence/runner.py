@@ -1,0 +1,310 @@
+"""Edit thousands of facts in batches: journal every batch, score all edits so far at checkpoints, go on after a stop.
+
+What is on disk is docs/run-folder.md. Memory does not grow with the number of edits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from sphere_plugin.data import Record, read_records
+from sphere_plugin.easyedit.registration import register
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.evaluation import Quality
+from sphere_plugin.files import fingerprint, read_json, read_tensors, write_json, write_tensors
+from sphere_plugin.journaling import Journal, run_lock
+from sphere_plugin.journaling.disk import plain
+from sphere_plugin.journaling.store import orientations
+from sphere_plugin.sequence.demo import held_out
+from sphere_plugin.sequence.entrant import Entrant, entrant_of
+from sphere_plugin.sequence.entries import absolute, hparams_of, settings_of
+from sphere_plugin.sequence.manifest import NAME, check_same, manifest_of, read_manifest
+from sphere_plugin.sequence.monitor import Monitor
+from sphere_plugin.sequence.settings import RunSettings
+from sphere_plugin.sequence.targets import Targets
+
+_LOG = logging.getLogger("sphere_plugin")
+
+CASES: Final = 3  # prompts that are written on at every checkpoint
+CASE_TOKENS: Final = 40
+
+# Called with (what, done now, of how many in all).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        edits: in the weights.
+        stopped: why the guard ended it; None if it is finished.
+    """
+
+    edits: int
+    stopped: str | None
+
+
+def start(settings: RunSettings, folder: Path, progress: Progress | None = None) -> Outcome:
+    """Run one entry in a new folder.
+
+    Raises:
+        SphereError: bad settings or data, before anything is computed; a folder that has a run already.
+    """
+    if (folder / NAME).exists():
+        raise ConfigError("--out", str(folder), "a folder without a run", f"Continue it with --resume {folder}.")
+    with run_lock(folder):
+        run = Run(settings, folder, progress)
+        run.begin()
+        return run.go()
+
+
+def resume(folder: Path, progress: Progress | None = None, guarded: bool = True) -> Outcome:
+    """Go on with the run in ``folder``; it ends where it would have ended without a stop.
+
+    Args:
+        folder: of the run.
+        progress: see `Run`.
+        guarded: False goes on without the guard, also after it has stopped the run.
+
+    Raises:
+        CacheError: there is no run, a file of it is damaged, the facts or the model are others, or a process runs it.
+        ConfigError: the guard has stopped it.
+    """
+    settings = RunSettings.from_mapping(read_manifest(folder)["settings"])
+    with run_lock(folder):
+        run = Run(settings, folder, progress)
+        run.take_up(guarded)
+        return run.go()
+
+
+class Run:
+    """One entry of a comparison, on its folder.
+
+    Args:
+        settings: of one entry.
+        folder: locked by the caller.
+        progress: told about the long parts of the work.
+    """
+
+    def __init__(self, settings: RunSettings, folder: Path, progress: Progress | None = None) -> None:
+        self.settings, self.folder = settings, folder.resolve()
+        self._progress = progress or (lambda what, done, total: None)
+        entry = settings.entries[0]
+        self.hparams = absolute(
+            hparams_of(entry, settings.hparams, settings.model, settings_of(entry, settings.settings))
+        )
+        self.records = read_records(settings.data, settings.edits, settings.order)
+        text = held_out(settings.text)
+        self.entrant, self.quality = self._open(text)
+        self.contexts = self.entrant.prepare()
+        self._unedited = fingerprint(self.weights.items())
+        self.guard = settings.guard
+        self.targets = Targets(self.folder, settings, self.entrant) if settings.share_targets else None
+
+    def _open(self, text: str) -> tuple[Entrant, Quality]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.chdir(self.folder):  # EasyEdit writes a log to the working directory
+            editor = register().base_editor(self.hparams)
+        entrant, settings = entrant_of(editor, self.settings.seed), self.settings
+        quality = Quality(
+            entrant.model, entrant.tokenizer, self.records, text, neighbours=settings.neighbours, seed=settings.seed
+        )
+        return entrant, quality
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Name -> live weight."""
+        return self.entrant.weights
+
+    def begin(self) -> None:
+        """Write what there is before the first edit."""
+        turned = orientations(self.entrant.model, self.weights)
+        self.journal = Journal.create(self.folder / "journal", self.weights, turned)
+        write_json(self.folder / NAME, self._manifest())
+        self._follow(turned)
+
+    def take_up(self, guarded: bool) -> None:
+        """Put the model where the run was stopped."""
+        stopped = self._stopped()
+        if stopped is not None and guarded:
+            remedy = "Continue with --without-guard, or take edits back with `sphere undo`."
+            raise ConfigError("--resume", f"a run that its guard stopped: {stopped}", "a run to go on with", remedy)
+        self.guard = self.guard if guarded else None
+        self.journal = Journal.open(self.folder / "journal")
+        check_same(self.folder, read_manifest(self.folder), self._manifest())
+        self._follow(orientations(self.entrant.model, self.weights))
+        number = len(self.journal)
+        with torch.no_grad():
+            self.journal.restore(number, dict(self.weights))
+        self.entrant.resume(map(self.journal.keys, range(1, number + 1)), self._recalled(number))
+
+    def go(self) -> Outcome:
+        """Run to the end, or to where the guard stops it."""
+        self._score(len(self.journal))
+        size, total = self.settings.batch_size, len(self.records)
+        self._progress("edits", min(len(self.journal) * size, total), total)
+        for number in range(len(self.journal) + 1, -(-total // size) + 1):
+            changes = self._batch(number)
+            self._progress("edits", min(size, total - (number - 1) * size), total)
+            reason = self.guard.on_energy(changes) if self.guard else None
+            reason = self._score(number) or reason
+            if reason and self.guard and self._act(reason, min(number * size, total)):
+                return Outcome(self._edits(len(self.journal)), reason)
+        return Outcome(total, None)
+
+    # ---- one batch ----
+
+    def _batch(self, number: int) -> dict[str, float | None]:
+        """Write batch ``number`` and its record; returns the relative change of every weight's energy so far."""
+        size = self.settings.batch_size
+        places = range((number - 1) * size, min(number * size, len(self.records)))
+        batch = [self.records[place] for place in places]
+        aimed = self.targets.of(places) if self.targets else None
+        started = time.perf_counter()
+        done = self.entrant.apply(batch, number, aimed)
+        seconds = time.perf_counter() - started
+        measured = self.monitor.batch(self.weights)
+        record = {
+            "edits": places.stop,
+            "facts": [_fact(one) for one in batch],
+            "seconds": seconds,
+            "losses": list(done.losses),
+            "steps": list(done.steps),
+            "efficacy": self.quality.efficacy(places),
+            "layers": [{**layer, **measured.get(layer["name"], {})} for layer in done.layers],
+        }
+        self._keep(number, self.entrant.memory())
+        self.journal.append(record, self.weights, done.updates, done.keys)
+        self._drop(number - 1)
+        return self.monitor.change({name: one["energy"] for name, one in measured.items()})
+
+    def _edits(self, number: int) -> int:
+        return int(self.journal.record(number)["edits"]) if number else 0
+
+    # ---- what restraints remember ----
+
+    def _memory(self, number: int) -> Path:
+        return self.folder / "memory" / f"{number:06d}.safetensors"
+
+    def _keep(self, number: int, memory: Mapping[str, Tensor]) -> None:
+        if memory:
+            write_tensors(self._memory(number), memory, {"format": "1"})
+
+    def _drop(self, number: int) -> None:
+        self._memory(number).unlink(missing_ok=True)
+
+    def _recalled(self, number: int) -> dict[str, Tensor]:
+        path = self._memory(number)
+        if path.exists():
+            return {name: one.to(self._device) for name, one in read_tensors(path)[0].items()}
+        if number and any((self.folder / "memory").glob("*.safetensors")):
+            _LOG.warning("spaces are found anew after undoing: what follows differs in its last digits")
+        return {}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
+    # ---- checkpoints ----
+
+    def _score(self, number: int) -> str | None:
+        """Score the model after batch ``number`` if that is due; returns why the guard would act."""
+        edits = self._edits(number)
+        path = self.folder / "checkpoints" / f"{edits:06d}.json"
+        if edits and edits not in self.settings.checkpoints:
+            return None
+        if not path.exists():
+            write_json(path, plain(self._checkpoint(number, edits)))
+        if not edits or self.guard is None:
+            return None
+        return self.guard.on_retention(*self._retention(number, read_json(path)))
+
+    def _checkpoint(self, number: int, edits: int) -> dict[str, Any]:
+        which = self._sampled(edits)
+        total = self.quality.prompts(edits, which)
+        last = edits == self.settings.edits or edits == 0
+        scores = self.quality.score(
+            edits,
+            which,
+            lambda done: self._progress(f"scoring after {edits}", done, total),
+            fluency=self.settings.fluency if last else 0,
+        )
+        cases = range(min(CASES, len(self.records)))
+        texts = self.quality.texts(cases, CASE_TOKENS)
+        records = [self.journal.record(batch) for batch in range(1, number + 1)]
+        return {
+            "edits": edits,
+            "seconds": sum(float(record["seconds"]) for record in records),
+            "scored": list(scores.scored),
+            "scores": {**scores.columns(), "nll": scores.nll},
+            "energy": {name: one["energy"] for name, one in self.monitor.batch(self.weights).items()},
+            "weights": self.monitor.checkpoint(self.weights),
+            "cases": [{**_fact(self.records[n]), "text": text} for n, text in zip(cases, texts, strict=True)],
+        }
+
+    def _sampled(self, edits: int) -> list[int] | None:
+        sample = self.settings.sample
+        if sample is None or edits <= sample:
+            return None
+        return sorted(random.Random(f"{self.settings.seed}/{edits}").sample(range(edits), sample))
+
+    def _retention(self, number: int, checkpoint: Mapping[str, Any]) -> tuple[float | None, float | None]:
+        """Mean efficacy of the scored edits now, and right after their own batches."""
+        fresh = [value for batch in range(1, number + 1) for value in self.journal.record(batch)["efficacy"]]
+        now = [value for value in checkpoint["scores"]["efficacy"] if value is not None]
+        then = [fresh[place] for place in checkpoint["scored"] if fresh[place] is not None]
+        return _mean(now), _mean(then)
+
+    # ---- the guard ----
+
+    def _act(self, reason: str, edits: int) -> bool:
+        """Do what the guard is to do; returns whether the run ends."""
+        if self.guard is None:
+            return False
+        _LOG.warning("after %d edits %s (guard: %s)", edits, reason, self.guard.action)
+        told = self._events() + [{"edits": edits, "reason": reason, "action": self.guard.action}]
+        if self.guard.action == "warn":
+            write_json(self.folder / "guard.json", told)
+            return False
+        if self.guard.action == "rollback":
+            points = [point for point in self.settings.checkpoints if point < edits]
+            back = self.journal.batch_at(max(points, default=0))
+            self.journal.truncate(back)
+            self.journal.restore(back, dict(self.weights))
+        write_json(self.folder / "guard.json", told)
+        return True
+
+    def _events(self) -> list[dict[str, Any]]:
+        path = self.folder / "guard.json"
+        return list(read_json(path)) if path.exists() else []
+
+    def _stopped(self) -> str | None:
+        last = self._events()[-1:]
+        return str(last[0]["reason"]) if last and last[0]["action"] != "warn" else None
+
+    def _follow(self, turned: Mapping[str, bool]) -> None:
+        self.monitor = Monitor(self.journal.weights_after(0), turned)
+
+    def _manifest(self) -> dict[str, Any]:
+        weight = next(iter(self.weights.values()))
+        return manifest_of(self.settings, self.hparams, weight.dtype, self.contexts, self._unedited)
+
+
+def _fact(record: Record) -> dict[str, Any]:
+    told = {"prompt": record.prompt, "subject": record.subject, "target_new": record.target_new}
+    return {"record": record.position, **told}
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

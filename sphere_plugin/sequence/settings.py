@@ -1,0 +1,145 @@
+"""What a run is to do: every setting, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+
+from sphere_plugin.editing.config import check_number, check_text
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.sequence.entries import check_settings, parse
+from sphere_plugin.sequence.guard import Guard
+from sphere_plugin.sequence.run import check_schedule
+
+Protocol = Literal["tokens", "exact"]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of a run, or of a comparison of several entries on the same edits.
+
+    Attributes:
+        entries: names of :mod:`sphere_plugin.sequence.entries`.
+        hparams: a YAML for SPHERE; that of FT or ROME is looked for beside its folder.
+        model: replaces the YAML's model.
+        data: a file of facts; None: the project's own.
+        order: seed of the order of the facts; None: that of the file.
+        edits: how many facts.
+        batch_size: facts per batch.
+        checkpoints: numbers of edits after which all edits so far are scored; empty: after the last one.
+        sample: score so many of them at most, drawn by ``seed``; None: all.
+        neighbours: neighbourhood prompts scored per fact; None: all.
+        fluency: tokens of the texts that fluency is measured on, at the last checkpoint; 0: not scored (paper: 100).
+        protocol: which scores the tables show: "tokens", the share of right target tokens, which is EasyEdit's and
+            ZsRE's; "exact", whether all of them are right, which CounterFact's code counts.
+        text: held-out text for perplexity; None: the project's own.
+        share_targets: aim once, on the unedited model, for all entries of this package's own editor.
+        settings: entry, its base, or "all" -> key of its YAML -> value.
+        guard: what to do when the run starts to collapse.
+        seed: of everything random in a run but the order.
+        preset: the preset these settings come from.
+
+    Raises:
+        ConfigError: a value out of its range; names the key.
+    """
+
+    entries: tuple[str, ...]
+    hparams: Path
+    edits: int
+    batch_size: int = 100
+    model: str | None = None
+    data: Path | None = None
+    order: int | None = None
+    checkpoints: tuple[int, ...] = ()
+    sample: int | None = None
+    neighbours: int | None = 2
+    fluency: int = 0
+    protocol: Protocol = "tokens"
+    text: Path | None = None
+    share_targets: bool = False
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    guard: Guard | None = None
+    seed: int = 0
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        parse(",".join(self.entries))
+        check_number("edits", self.edits, 1, whole=True)
+        check_number("fluency", self.fluency, 0, whole=True)
+        check_number("seed", self.seed, 0, whole=True)
+        for name in ("order", "sample", "neighbours"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0 if name == "order" else 1, whole=True)
+        if self.protocol not in get_args(Protocol):
+            raise ConfigError("protocol", self.protocol, " or ".join(get_args(Protocol)), "Leave it out for tokens.")
+        if self.model is not None:
+            check_text("model", self.model)
+        points = tuple(sorted({*self.checkpoints, self.edits}))
+        check_schedule(self.edits, self.batch_size, points)
+        object.__setattr__(self, "checkpoints", points)
+        check_settings(self.settings, self.entries)
+
+    def for_entry(self, entry: str) -> Self:
+        """The same for one of the entries."""
+        kept = {key: one for key, one in self.settings.items() if key in ("all", entry.partition("+")[0], entry)}
+        return dataclasses.replace(self, entries=(entry,), settings=kept)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it; `from_mapping` reads it."""
+        values = dataclasses.asdict(self)
+        paths = {key: None if values[key] is None else str(values[key]) for key in ("hparams", "data", "text")}
+        return values | paths | {"entries": list(self.entries), "checkpoints": list(self.checkpoints)}
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> dict[str, Any]:
+        """The keys of a YAML of settings, for `from_mapping`.
+
+        Raises:
+            ConfigError: the file cannot be read, or is no mapping.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError("run", str(path), f"a YAML file that can be read ({error})", "Check it.") from error
+        if not isinstance(content, dict):
+            raise ConfigError("run", str(path), "a YAML mapping of settings", "docs/run.md has an example.")
+        return content
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, Any]) -> Self:
+        """Build from the keys of a YAML or of a manifest.
+
+        Raises:
+            ConfigError: an unknown key, or a value out of its range.
+        """
+        values = dict(content)
+        names = [one.name for one in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise ConfigError("run", key, "a known setting", f"Settings are {', '.join(names)}.")
+        for key in ("entries", "hparams", "edits"):
+            if values.get(key) is None:
+                raise ConfigError("run", f"no {key}", f"a value for {key}", "docs/run.md has an example.")
+        if isinstance(values["entries"], str):
+            values["entries"] = parse(values["entries"])
+        values["entries"] = tuple(values["entries"])
+        values["checkpoints"] = _numbers(values.get("checkpoints") or ())
+        for key in ("hparams", "data", "text"):
+            if values.get(key) is not None:
+                values[key] = Path(values[key]).expanduser().resolve()
+        if isinstance(values.get("guard"), Mapping):
+            values["guard"] = Guard.from_mapping(values["guard"])
+        return cls(**values)
+
+
+def _numbers(given: Any) -> tuple[int, ...]:
+    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
+    try:
+        return tuple(int(part) for part in parts)
+    except (TypeError, ValueError):
+        raise ConfigError("checkpoints", given, "numbers with commas between them", "Write 100,500,1000.") from None

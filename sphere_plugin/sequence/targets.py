@@ -1,0 +1,67 @@
+"""Targets that are searched for once, on the unedited model, and shared by the entries of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from sphere_plugin.editing.aim import Aimed
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.files import read_tensors, write_tensors
+from sphere_plugin.sequence.entrant import Entrant, OwnEntrant
+from sphere_plugin.sequence.manifest import data_digest
+from sphere_plugin.sequence.settings import RunSettings
+
+NAME: Final = "targets.safetensors"
+
+
+class Targets:
+    """The targets of a run's facts; found when first needed, which has to be before the first edit.
+
+    They lie beside the folders of the entries. Sharing is quick, and hides much of what restraints do: a target says
+    where a fact is to end up in a model that other edits have changed meanwhile.
+
+    Args:
+        folder: of the run.
+        settings: of the run.
+        entrant: with the unedited model.
+
+    Raises:
+        ConfigError: the entrant has no targets, being a method of EasyEdit.
+    """
+
+    def __init__(self, folder: Path, settings: RunSettings, entrant: Entrant) -> None:
+        if not isinstance(entrant, OwnEntrant):
+            remedy = "Leave this entry out, or run without share_targets."
+            raise ConfigError("share_targets", settings.entries[0], "an entry of this package's own editor", remedy)
+        path = folder.parent / NAME
+        about = {
+            "data": data_digest(settings.data),
+            "order": str(settings.order),
+            "edits": str(settings.edits),
+            "aiming": entrant.aiming(),
+        }
+        if path.exists():
+            tensors, known = read_tensors(path)
+            if known == about:
+                self._all = Aimed(tensors["values"], tensors["losses"], tensors["steps"])
+                return
+        self._all = self._found(settings, entrant)
+        tensors = {name: getattr(self._all, name) for name in ("values", "losses", "steps")}
+        write_tensors(path, tensors, about)
+
+    @staticmethod
+    def _found(settings: RunSettings, entrant: OwnEntrant) -> Aimed:
+        from sphere_plugin.data import read_records
+
+        records = read_records(settings.data, settings.edits, settings.order)
+        size = settings.batch_size
+        parts = [entrant.aim(records[first : first + size]) for first in range(0, len(records), size)]
+        return Aimed(*(torch.cat([getattr(part, name) for part in parts]) for name in ("values", "losses", "steps")))
+
+    def of(self, places: range) -> Aimed:
+        """Those of the facts at ``places``."""
+        chosen = slice(places.start, places.stop)
+        return Aimed(self._all.values[chosen], self._all.losses[chosen], self._all.steps[chosen])

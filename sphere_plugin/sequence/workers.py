@@ -1,0 +1,60 @@
+"""What processes that run an entry have around them: an environment, a log."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+LOG: Final = "run.log"
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Add what this package logs in the block to ``folder/run.log``, and what ends it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("sphere_plugin")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException as error:
+        log.error("ended by %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def workers_environment(threads: int) -> Iterator[None]:
+    """What processes find that are started in the block: so many threads each, and an allocator that keeps its memory.
+
+    Two runs of one thread beat one run of two threads by far on two shared cores. Giving freed memory back to the
+    system and faulting it in again, which glibc does for large tensors, costs more than many of the products.
+    """
+    wanted = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "MALLOC_TRIM_THRESHOLD_": "-1",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TOP_PAD_": str(1 << 26),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
