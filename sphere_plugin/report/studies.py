@@ -1,0 +1,244 @@
+"""Runs brought together: a study is what may be compared, an entry is one method in it, in one or several orders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.report.numbers import METRICS, Metric, Value, averaged, measure
+from sphere_plugin.report.read import Checkpoint, Run
+
+SPHERE: Final = "sphere"
+# How the names of controls begin: an update shrunk to the same norm, a random subspace of the same rank.
+CONTROLS: Final = ("control", "random", "scale", "shrink", "shrunk")
+SHARED: Final = " †"
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One method of a study.
+
+    Attributes:
+        name: "memit+sphere".
+        label: "MEMIT + SPHERE", with a dagger where targets were shared.
+        slot: its number in the study; the page shows and hides by it.
+        family: the number of its colour, the same with SPHERE and without.
+        runs: one for each order of edits.
+    """
+
+    name: str
+    label: str
+    slot: int
+    family: int
+    runs: tuple[Run, ...]
+    _values: dict[tuple[str, int], Value] = field(default_factory=dict, repr=False)
+
+    @property
+    def shared(self) -> bool:
+        """Whether its targets were aimed once for all methods."""
+        return self.runs[0].share_targets
+
+    @property
+    def sphere(self) -> bool:
+        """Whether SPHERE is in it."""
+        return SPHERE in self.name.lower().split("+")
+
+    @property
+    def control(self) -> bool:
+        """Whether it is a control."""
+        return any(map(_is_control, self.name.lower().split("+")[1:]))
+
+    @property
+    def stopped(self) -> str:
+        """Why a guard ended one of its runs, if one did and the run did not go on to its end after that."""
+        ended = (run for run in self.runs if not run.at(run.manifest.get("edits") or 0))
+        return next((run.stopped for run in ended if run.stopped), "")
+
+    def value(self, metric: Metric, edits: int) -> Value:
+        """Returns a metric after so many edits, averaged over orders."""
+        key = metric.name, edits
+        if key not in self._values:
+            self._values[key] = averaged(measure(run, run.at(edits), metric) for run in self.runs)
+        return self._values[key]
+
+    def moments(self) -> list[int]:
+        """The numbers of edits at which all its runs have a checkpoint, the unedited model left out."""
+        each = [{one.edits for one in run.checkpoints if one.edits} for run in self.runs]
+        return sorted(set.intersection(*each))
+
+    def checkpoints(self, edits: int) -> list[tuple[Run, Checkpoint]]:
+        """Its runs with their checkpoints after so many edits."""
+        found = ((run, run.at(edits)) for run in self.runs)
+        return [(run, checkpoint) for run, checkpoint in found if checkpoint is not None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What may be compared: the same model, data, schedule and protocol.
+
+    Attributes:
+        number: from 0.
+        model, data: names.
+        edits, batch_size, sample: the schedule.
+        protocol: metric -> which of its scores is shown.
+        preset: the manifest's, if any.
+        entries: in the order they were read.
+        moment: after how many edits the table is; None if nothing was scored after an edit.
+        remark: where the runs have come to different ends.
+    """
+
+    number: int
+    model: str
+    data: str
+    edits: int | None
+    batch_size: int | None
+    sample: int | None
+    protocol: Mapping[str, str]
+    preset: str
+    entries: tuple[Entry, ...]
+    moment: int | None
+    remark: str
+
+    @property
+    def key(self) -> str:
+        """The prefix of its files."""
+        return f"study{self.number + 1}"
+
+    def unedited(self, metric: Metric) -> Value:
+        """Returns a metric before any edit: one run of each order, for all entries start from the same model."""
+        first: dict[int | None, Value] = {}
+        for run in (run for entry in self.entries for run in entry.runs):
+            value = measure(run, run.at(0), metric)
+            if value.mean is not None:
+                first.setdefault(run.order, value)
+        if metric.name == "energy":
+            first = dict(list(first.items())[:1])
+        return averaged(first.values()) if first else Value(None)
+
+    def pairs(self) -> list[tuple[Entry, Entry]]:
+        """Entries "x" and "x+sphere"."""
+        plain = {(entry.name, entry.shared): entry for entry in reversed(self.entries) if not entry.sphere}
+        found = ((plain.get((without_sphere(entry.name), entry.shared)), entry) for entry in self.entries)
+        return [(base, entry) for base, entry in found if base is not None and entry.sphere]
+
+    def metrics(self) -> list[Metric]:
+        """All metrics; locality is left out where nobody has it."""
+        return [metric for metric in METRICS if metric.name != "locality" or self.has(metric)]
+
+    def has(self, metric: Metric) -> bool:
+        """Whether any entry has a number for it at any checkpoint."""
+        return any(entry.value(metric, edits).mean is not None for entry in self.entries for edits in entry.moments())
+
+
+def without_sphere(name: str) -> str:
+    """Returns "memit" for "memit+sphere"."""
+    return "+".join(part for part in name.split("+") if part.lower() != SPHERE)
+
+
+def studies_of(runs: Sequence[Run], at: int | None = None) -> tuple[Study, ...]:
+    """Sort runs into studies.
+
+    Args:
+        runs: as read.
+        at: after how many edits to compare; None: the last moment that all entries have.
+
+    Raises:
+        ConfigError: no run has a checkpoint after ``at`` edits.
+    """
+    if at is not None and not any(run.at(at) for run in runs):
+        known = sorted({checkpoint.edits for run in runs for checkpoint in run.checkpoints})
+        raise ConfigError("--at", at, f"a number of edits with a checkpoint: {known}", "Choose one of them.")
+    families = _families(runs)
+    sorted_out: dict[str, list[Run]] = {}
+    for run in runs:
+        sorted_out.setdefault(_setting(run), []).append(run)
+    return tuple(_study(number, group, families, at) for number, group in enumerate(sorted_out.values()))
+
+
+def _study(number: int, runs: Sequence[Run], families: Mapping[str, int], at: int | None) -> Study:
+    manifest, entries = runs[0].manifest, _entries(runs, families)
+    moment, remark = (at, "") if at is not None else _moment(entries)
+    return Study(
+        number=number,
+        model=str((manifest.get("model") or {}).get("name") or "unknown model"),
+        data=str((manifest.get("data") or {}).get("file") or "unknown data"),
+        edits=manifest.get("edits"),
+        batch_size=manifest.get("batch_size"),
+        sample=manifest.get("sample"),
+        protocol=runs[0].protocol,
+        preset=str(manifest.get("preset") or ""),
+        entries=entries,
+        moment=moment,
+        remark=remark,
+    )
+
+
+def _moment(entries: Sequence[Entry]) -> tuple[int | None, str]:
+    """The last moment that all entries have which have any and were not ended by a guard; who went further."""
+    scored = [entry for entry in entries if entry.moments()]
+    scored = [entry for entry in scored if not entry.stopped] or scored
+    common = set.intersection(*(set(entry.moments()) for entry in scored)) if scored else set()
+    if not common:
+        return (max(edits for entry in scored for edits in entry.moments()), "") if scored else (None, "")
+    further = [entry.label for entry in scored if entry.moments()[-1] > max(common)]
+    remark = f"{', '.join(further)} went further: see the curves, or choose a moment with --at." if further else ""
+    return max(common), remark
+
+
+def _entries(runs: Sequence[Run], families: Mapping[str, int]) -> tuple[Entry, ...]:
+    """Runs of the same entry, settings and kind of targets are orders of one entry if their orders differ."""
+    groups: dict[tuple[str, bool, str, int], dict[int | None, Run]] = {}
+    for run in runs:
+        settings = json.dumps(run.manifest.get("method"), sort_keys=True, default=str)
+        repeat = 0
+        while run.order in groups.setdefault((run.entry, run.share_targets, settings, repeat), {}):
+            repeat += 1
+        groups[run.entry, run.share_targets, settings, repeat][run.order] = run
+    members = [tuple(group.values()) for group in groups.values() if group]
+    names = [(group[0].label, group[0].share_targets) for group in members]
+    return tuple(
+        Entry(group[0].entry, _label(group[0], names), slot, families[_family(group[0].entry)], group)
+        for slot, group in enumerate(members)
+    )
+
+
+def _label(run: Run, names: Sequence[tuple[str, bool]]) -> str:
+    """The run's label; with its folder where two entries would have the same, with a dagger for shared targets."""
+    twice = names.count((run.label, run.share_targets)) > 1
+    return (
+        run.label
+        + (f" ({run.folder.parent.name}/{run.folder.name})" if twice else "")
+        + (SHARED if run.share_targets else "")
+    )
+
+
+def _families(runs: Iterable[Run]) -> dict[str, int]:
+    """Base method -> number of its colour, in the order of their first appearance anywhere."""
+    return {name: number for number, name in enumerate(dict.fromkeys(_family(run.entry) for run in runs))}
+
+
+def _family(name: str) -> str:
+    """The entry's name without SPHERE and without what makes it a control."""
+    base, *parts = name.lower().split("+")
+    return "+".join((base, *(part for part in parts if part != SPHERE and not _is_control(part))))
+
+
+def _is_control(part: str) -> bool:
+    return part.startswith(CONTROLS)
+
+
+def _setting(run: Run) -> str:
+    """What must be equal for two runs to be compared, as text."""
+    manifest: Mapping[str, Any] = run.manifest
+    model, data = manifest.get("model") or {}, manifest.get("data") or {}
+    parts = (
+        [model.get(key) for key in ("name", "dtype")],
+        [data.get(key) for key in ("file", "sha256", "records")],
+        [manifest.get(key) for key in ("edits", "batch_size", "sample", "preset")],
+        [(manifest.get("settings") or {}).get(key) for key in ("neighbours", "text")],
+        sorted(run.protocol.items()),
+    )
+    return json.dumps(parts, sort_keys=True, default=str)
