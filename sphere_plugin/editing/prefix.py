@@ -121,6 +121,8 @@ def read_prefixes(anatomy: Anatomy, rows: Sequence[Sentence]) -> Prefix:
 
 def pieces(lengths: Sequence[int]) -> list[slice]:
     """Cut ascending ``lengths`` of rows into passes, so that padding and passes together cost least."""
+    if not lengths:
+        return []
     ends = [n for n in range(1, len(lengths)) if lengths[n] > lengths[n - 1]] + [len(lengths)]
     best: dict[int, tuple[int, list[slice]]] = {0: (0, [])}
     for end in ends:
