@@ -54,7 +54,7 @@ def test_what_sentences_stand_behind_is_read_once(monkeypatch: pytest.MonkeyPatc
     _, _, _, anatomy, locator = parts("llama")
     text = CONTEXTS.prefixes[2]
     rows = [locator.aimed(fact, text) for fact in FACTS] * 2
-    # The space at the end of the text is a token of its own in front of some prompts, and part of one in front of others.
+    # The space at the end of the text is a token of its own in front of some prompts, and part of one before others.
     shared = {row.ids[: row.shared] for row in rows}
     assert min(map(len, shared)) > 5  # the text has more words than that
     assert len(shared) <= 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hosted import FACTS, Bench, changed, clean_host, copies, same, settings
 from pico import pico, save_pico
+from test_journal_store import keys_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -142,11 +143,25 @@ def test_sphere_with_and_without_keeping(base: str, kind: str, bench: Bench) -> 
         assert prompts(j.edits) == [FIRST, SECOND, THIRD]
         j.undo()
         assert same(copies(editor.model), second)
+        assert keys_of(j.folder / "journal" / "000002.safetensors") == {"left", "right", "keys"}
         bench.edit(editor, FACTS[2:])  # the keys of what was taken back are forgotten, those before it are not
         for name, weight in copies(editor.model).items():
             torch.testing.assert_close(weight, third[name], rtol=0, atol=1e-4)
         j.undo(3)
         assert same(copies(editor.model), before)
+
+
+def test_an_editor_knows_the_edits_that_stayed_and_no_others(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    editor, other = (sphere_editor(bench, "llama", base_method="AlphaEdit") for _ in range(2))
+    for fact in (FACTS[0], FACTS[2]):
+        bench.edit(other, [fact])
+    with sp.journal(editor) as j:
+        for fact in FACTS:
+            bench.edit(editor, [fact])
+        j.undo(2)
+        bench.edit(editor, [FACTS[2]])
+    assert same(copies(editor.model), copies(other.model))
+    assert "are forgotten" not in caplog.text
 
 
 def test_a_batch_is_one_edit(bench: Bench) -> None:

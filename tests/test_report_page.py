@@ -188,7 +188,7 @@ def test_options_are_checked():
     ("text", "pieces"),
     [
         ("A is B B.", (Piece("A is ", "prompt"), Piece("B", "target"), Piece(" "), Piece("B", "target"), Piece("."))),
-        ("C", (Piece("C"),)),
+        ("C\n\n  D", (Piece("C ⏎ D"),)),
         ("", ()),
     ],
 )

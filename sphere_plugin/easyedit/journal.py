@@ -124,6 +124,8 @@ class EditorJournal:
         number = edits[-n].batch - 1
         self.store.restore(number, self._live())
         self.store.truncate(number)
+        if n > 1:  # of one edit, and of all, the editor itself can tell from the weights
+            self._remind(number)
         return edits[-n:]
 
     def export(self, out: Path | str, format: Format = "hf", rank: int | None = None) -> Exported:
@@ -177,10 +179,26 @@ class EditorJournal:
             for request in requests
         ]
         report = self.method.report if isinstance(self.method, Session) else None
-        layers: Sequence[Any] = () if report is None else report.layers
-        updates = {layer.name: layer.update for layer in layers if hasattr(layer, "update")}
+        updates = {} if report is None else {layer.name: layer.update for layer in report.layers}
+        keys = {} if report is None else {self._names()[layer]: one for layer, one in report.keys.items()}
         record = {"edits": self._count() + len(facts), "facts": facts, "seconds": seconds}
-        self.store.append(record, self._live(), updates)
+        self.store.append(record, self._live(), updates, keys)
+
+    def _remind(self, number: int) -> None:
+        """Have our own editor know the keys of the first ``number`` batches, and of no others.
+
+        Edits that were made before the journal was opened are not in it. The editor then says that it starts anew.
+        """
+        editor = self.method.editor if isinstance(self.method, Session) else None
+        if editor is None or self.store.fingerprint_of(editor.pretrained.tensors) != self.store.fingerprint(0):
+            return
+        known = (self.store.keys(batch) for batch in range(1, number + 1))
+        editor.resume({layer: keys[name] for layer, name in self._names().items()} for keys in known if keys)
+
+    def _names(self) -> dict[int, str]:
+        """Layer -> name of its weight, of our own editor."""
+        editor = self.method.editor if isinstance(self.method, Session) else None
+        return {} if editor is None else {layer: one.name for layer, one in editor.anatomy.rewrites.items()}
 
     def _count(self) -> int:
         return int(self.store.record(len(self.store))["edits"]) if len(self.store) else 0

@@ -94,10 +94,11 @@ def _draw(pen: Pen, pairs: list[Pair], metric: Metric) -> None:
             (target,) = axis.plot([place + shift], [height], "o", color=colour(entry), markersize=5)
             pen.claim(target, entry, [tip])
             tops.append(height + half)
-        pen.text(pair.entry, place, max(tops), pair.gain_text, ha="center", va="bottom")
+        pen.text(pair.entry, place, 1.02 * max(tops), pair.gain_text, ha="center", va="bottom")
     axis.set_xticks(range(len(pairs)), [pair.base.label for pair in pairs], rotation=20 if len(pairs) > 4 else 0)
     axis.tick_params(axis="x", length=0)
-    axis.set_xlim(-0.6, len(pairs) - 0.4)
+    beside = 0.6 + max(0, 3 - len(pairs)) / 2  # a single pair is not as wide as the figure
+    axis.set_xlim(-beside, len(pairs) - 1 + beside)
     axis.grid(visible=False, axis="x")
     axis.margins(y=0.14)
     axis.set_ylim(bottom=0.0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from sphere_plugin.report.studies import Entry, Study
+
+NEW_LINE: Final = "⏎"
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,15 @@ def cases(study: Study) -> list[Case]:
 
 
 def marked(text: str, prompt: str, target: str) -> tuple[Piece, ...]:
-    """Cut a text into the prompt it begins with, the places where the target stands, and the rest."""
+    """Cut a text into the prompt it begins with, the places where the target stands, and the rest.
+
+    Line breaks become ⏎, so that a model that writes nothing else takes little room.
+    """
     pieces = []
     if prompt and text.startswith(prompt):
         pieces.append(Piece(prompt, "prompt"))
         text = text[len(prompt) :]
+    text = re.sub(r"\s*\n\s*", f" {NEW_LINE} ", text)
     wanted = target.strip()
     while wanted and wanted in text:
         before, _, text = text.partition(wanted)

@@ -235,9 +235,9 @@ def _places(study: Study, gathered: Gathered, tell: Callable[[str, int, int], No
     if not panels:
         return Plate(name, title, "", (), (), tuple(missing) or ("not available: no journal",))
     caption = (
-        f"{gathered.weight}: {_how_many(gathered)}. One t-SNE for each method of its neurons before (grey) and after "
-        f"(coloured), scaled to unit length; perplexity at most 30, seed {SEED}. Above and right, the densities along "
-        "each axis. Distances between clusters mean little in a t-SNE; look at how far the two colours part."
+        f"{gathered.weight}: {_how_many(gathered)}. One t-SNE for each method of its neurons before (grey, larger) "
+        f"and after (coloured), scaled to unit length; perplexity at most 30, seed {SEED}. Above and right, densities "
+        "along each axis. Distances between clusters mean little in a t-SNE; look at how far the two colours part."
     )
     return Plate(name, title, caption, tuple(panels), (), tuple(missing))
 
@@ -246,8 +246,8 @@ def _draw_places(pen: Pen, places: tuple[Rows, Rows], entry: Entry) -> None:
     axis = pen.axis
     colours = (MUTED, colour(entry))
     size = min(4.0, max(1.6, 60.0 / len(places[0]) ** 0.5))
-    for points, ink in zip(places, colours, strict=True):
-        axis.plot(points[:, 0], points[:, 1], "o", markersize=size, color=ink, alpha=0.65, markeredgewidth=0)
+    for points, ink, wider in zip(places, colours, (1.8, 1.0), strict=True):
+        axis.plot(points[:, 0], points[:, 1], "o", markersize=wider * size, color=ink, alpha=0.6, markeredgewidth=0)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.grid(visible=False)

@@ -161,7 +161,7 @@ def _draw(pen: Pen, study: Study, metric: Metric) -> None:
     pen.axis.set_xlabel(f"ΔHE ({ENERGY.unit})")
     if whole.r is not None:
         text = f"all: r = {written(whole.r, 2)}, n = {whole.n}"
-        pen.text(None, 0.98, 0.98, text, transform=pen.axis.transAxes, ha="right", va="top")
+        pen.text(None, 1.0, 1.02, text, transform=pen.axis.transAxes, ha="right", va="bottom")
 
 
 def _scaled(points: Sequence[Step], metric: Metric) -> tuple[list[float], list[float]]:
