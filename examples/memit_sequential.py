@@ -25,6 +25,6 @@ for alpha in (0.0, 0.8):
     editor.apply_algo.editor.prepare()  # key statistics: counted once, then kept in the cache
     quality = Quality(editor.model, editor.tok, records, own_text())
     *_, last = SequentialRun(editor, records, quality, BATCH, [EDITS])
-    kept, reached = fmean(last.scores.efficacy), fmean(last.scores.generalization)
+    kept, reached = fmean(last.scores.efficacy_exact), fmean(last.scores.generalization_exact)
     name = "MEMIT + SPHERE" if alpha else "MEMIT"
     print(f"{name:15} {EDITS} edits: {kept:.2f} still said, {reached:.2f} in other words")

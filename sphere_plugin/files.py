@@ -277,7 +277,8 @@ def _sync_tree(folder: Path) -> None:
 def _unwritable(path: Path, error: Exception) -> CacheError | None:
     """Return what to raise for a write that failed, None if the error is not about the disk."""
     code = getattr(error, "errno", None)
-    full = code in _FULL or "os error 28" in str(error)  # safetensors' own errors carry the number in their text
+    # safetensors' own errors carry the number in their text.
+    full = code in _FULL or any(f"os error {number})" in str(error) for number in _FULL)
     if isinstance(error, CacheError) or not (full or code in _REFUSED or isinstance(error, SafetensorError)):
         return None
     remedy = "Free some space on that disk" if full else "Make the place writable"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +78,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"benchmark records are not here: {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def sphere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The command, in processes that start at once and can be killed: see `pico_runs.Server`."""
+    from pico_runs import server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPHERE_PLUGIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        with server() as ready:
+            yield ready

@@ -139,11 +139,10 @@ class WeightSession:
         """
         model = _argument(nn.Module, args, kwargs)
         weights = weights_of(model, _argument(hparams_class(), args, kwargs), self.what)
-        if self._run is None or self._model is not model:
-            self._bound, self._model, self._run = {}, model, _own_executor(self.method)
+        run = self._begin(model)
         with all_or_nothing(weights) as before:
             strays = unrestrained_writes(model, weights)
-            edited, returned = self._run(*args, **kwargs)
+            edited, returned = run(*args, **kwargs)
             strays.warn(self.name)
             with torch.no_grad():
                 touched = [self._restrain(edited, name, old) for name, old in before.tensors.items()]
@@ -154,6 +153,21 @@ class WeightSession:
             return edited, functools.partial(before.restore, weights)
         wanted = returned or (self.repairs and kwargs.get("return_orig_weights"))
         return edited, _old_weights(edited, before, returned) if wanted else {}
+
+    def bind(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Tie the restraints to the weights as they are now, instead of as the first edit of each finds it."""
+        self._begin(model)
+        for name, weight in weights.items():
+            if weight.dim() == 2:
+                transposed = is_transposed(model.get_submodule(name.rpartition(".")[0]))
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                self._bound[name] = self.asked.restraint.bind(neurons(weight.detach(), transposed).to(wide, copy=True))
+
+    def _begin(self, model: nn.Module) -> Apply:
+        """What edits this model; a model that is not the last one is known from now on."""
+        if self._run is None or self._model is not model:
+            self._bound, self._model, self._run = {}, model, _own_executor(self.method)
+        return self._run
 
     def _restrain(self, edited: nn.Module, name: str, old: Tensor) -> Touched | None:
         """Write one weight again, restrained; None if the method left it as it was, or it is not a matrix."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,15 +43,20 @@ class Hosted:
             remedy = "Take this package's own editor: base_method AlphaEdit or MEMIT."
             raise ConfigError("method", self.name, "a method whose whole state are the weights", remedy)
         self.weights: Mapping[str, nn.Parameter] = weights_of(editor.model, editor.hparams, method)
+        if self.name == "FT" and getattr(editor.hparams, "objective_optimization", "prompt_last") == "prompt_last":
+            editor.tok.padding_side = "right"  # it counts tokens of a prompt from the left
 
     def prepare(self) -> Sequence[str]:
-        """Write the context templates of methods that have them, now: they keep the first ones for good."""
+        """Do on the unedited model what the first edit would do: write context templates, bind restraints."""
         self._seed(0)
+        if isinstance(self.editor.apply_algo, WeightSession):
+            self.editor.apply_algo.bind(self.editor.model, self.weights)
         found: list[str] = []
         for module in self._modules():
             setattr(module, CACHE, None)
             params = self.editor.hparams.context_template_length_params
-            templates = module.get_context_templates(self.editor.model, self.editor.tok, params)
+            with contextlib.redirect_stdout(io.StringIO()):
+                templates = module.get_context_templates(self.editor.model, self.editor.tok, params)
             for one in templates:
                 found += [one] if isinstance(one, str) else one
         return found
@@ -68,7 +75,8 @@ class Hosted:
         editor.hparams.batch_size = len(pieces[0])
         told: dict[str, list[tuple[int, float]]] = {}
         for piece in pieces:
-            session(editor.model, editor.tok, piece, editor.hparams, copy=False, return_orig_weights=False)
+            with contextlib.redirect_stdout(io.StringIO()):  # EasyEdit's methods print a page per fact
+                session(editor.model, editor.tok, piece, editor.hparams, copy=False, return_orig_weights=False)
             for one in session.touched if isinstance(session, WeightSession) else ():
                 told.setdefault(one.name, []).append((one.rank, one.removed_share))
         return {name: (parts[-1][0], sum(share for _, share in parts) / len(parts)) for name, parts in told.items()}

@@ -150,7 +150,8 @@ class Editor:
         with self._quiet(), all_or_nothing(self.anatomy.weights) as before:
             reader = KeyReader(self.anatomy, self.locator, facts, self.contexts, self.config.token_budget)
             reports = self._write(reader, aimed.values.T, before)
-            keys = {layer: reader.read(layer)[0] for layer in reader.layers}
+            # Laid out as what `resume` gets: sums depend on it.
+            keys = {layer: reader.read(layer)[0].contiguous() for layer in reader.layers}
             self._history.pend(keys)
             self._log(reports, len(facts), before)
         return EditReport(len(facts), tuple(reports), aimed, keys)
@@ -171,7 +172,7 @@ class Editor:
                 self._learn(last)
             last = keys
         if last is not None:
-            self._history.pend({layer: keys.to(self.anatomy.device) for layer, keys in last.items()})
+            self._history.pend({layer: keys.to(self.anatomy.device).contiguous() for layer, keys in last.items()})
 
     def memory(self) -> dict[str, Tensor]:
         """What the restraints remember of earlier batches beside the weights, for :meth:`recall`."""
@@ -293,7 +294,7 @@ class Editor:
         """Count a batch among the earlier ones."""
         for layer, matrix in keys.items():
             solver: Any = self._solver_of(layer)
-            solver.remember(solver.with_keys(matrix.to(self.anatomy.device)))
+            solver.remember(solver.with_keys(matrix.to(self.anatomy.device).contiguous()))
 
     def _facts(self, requests: Sequence[Mapping[str, Any]]) -> list[Fact]:
         """The requests, checked as far as they can be before any computation; and the weights."""

@@ -7,7 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sphere_plugin.geometry.checks import check_weight
+from sphere_plugin.errors import ModelError
+from sphere_plugin.geometry.checks import all_finite, check_matrix
 
 _BLOCK: Final = 8  # vectors
 _MOST: Final = 300  # rounds
@@ -24,12 +25,16 @@ def largest_singular_value(weight: Tensor) -> float:
         weight: [d_out, d_in], any floating point dtype; computed in float32 at least.
 
     Returns:
-        σ₁, from below, to about six digits; 0.0 for a zero matrix.
+        σ₁, from below, to about six digits, or three where nearly all singular values are within a percent of it;
+        0.0 for a zero matrix.
 
     Raises:
         ModelError: the weight is not a finite matrix.
     """
-    check_weight(weight)
+    check_matrix(weight, "weight")
+    if not all_finite(weight):
+        remedy = "An earlier edit or the checkpoint is broken; undo that edit or load the weight anew."
+        raise ModelError("weight", "NaN or infinity", "finite entries", remedy)
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     rows = wide if wide.shape[0] <= wide.shape[1] else wide.T
     generator = torch.Generator().manual_seed(0)

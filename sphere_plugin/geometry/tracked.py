@@ -122,7 +122,8 @@ class TrackedSpace:
         written = PrincipalSpace(factor, theta / count, total / count, self.eta, rows=weight).project(delta, alpha)
         seen = seen - alpha * (found.gram @ (factor @ (factor.T @ seen)))  # W B', without another product with W
         self._leading = found
-        self._next = written.left, seen + written.left @ (written.right.T @ written.right) / 2
+        left = written.left.contiguous()  # sums depend on how memory is laid out, and `recall` lays it out so
+        self._next = left, seen + left @ (written.right.T @ written.right) / 2
         return written, rank
 
     def memory(self) -> dict[str, Tensor]:
@@ -138,6 +139,7 @@ class TrackedSpace:
     def recall(self, memory: Mapping[str, Tensor]) -> None:
         """Go on from what `memory` returned in another object with the same settings."""
         self._leading = self._next = None
+        memory = {name: one.clone(memory_format=torch.contiguous_format) for name, one in memory.items()}
         if memory:
             rank, updates = memory["counts"].tolist()
             missing = memory.get("missing")

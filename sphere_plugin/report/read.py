@@ -197,7 +197,7 @@ def _stopped(path: Path) -> str:
     if not path.exists():
         return ""
     events = [_object(one, path) for one in _list(read_json(path), path, "")]
-    if not events or events[-1].get("action") == "warn":
+    if not events or events[-1].get("action") in ("warn", "off"):
         return ""
     return f"its guard ended it after {events[-1].get('edits')} edits: {events[-1].get('reason')}"
 

@@ -13,15 +13,17 @@ from tqdm import tqdm
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.files import read_json
 from sphere_plugin.progress import Bars
-from sphere_plugin.sequence.compare import COMPARISON, Ended, compare
+from sphere_plugin.sequence.compare import COMPARISON, Ended, compare, refuse_used
 from sphere_plugin.sequence.entries import label, parse
 from sphere_plugin.sequence.manifest import read_manifest
 from sphere_plugin.sequence.plan import plan
 from sphere_plugin.sequence.presets import preset
-from sphere_plugin.sequence.runner import resume, start
+from sphere_plugin.sequence.runner import check, resume, start
 from sphere_plugin.sequence.settings import RunSettings
 from sphere_plugin.sequence.workers import logged
 
+# Flags that say what to do; all others are for a new run.
+_ANY: Final = ("run", "resume", "without_guard", "jobs")
 # Flags that are settings of the same name.
 _SAME: Final = ("data", "text", "edits", "batch_size", "checkpoints", "order", "sample", "fluency") + (
     ("protocol", "seed", "share_targets")
@@ -31,17 +33,29 @@ _SAME: Final = ("data", "text", "edits", "batch_size", "checkpoints", "order", "
 def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     """Start, continue or plan a run; returns the exit code, 1 if an entry failed or was stopped, and what to say."""
     if arguments.resume is not None:
+        _refuse_others(arguments)
         folder = arguments.resume.expanduser().resolve()
         return _told(_resumed(folder, arguments), folder)
     settings = settings_of(arguments)
+    check(settings)
     if arguments.plan:
         return 0, [plan(settings.for_entry(entry)).sentence(label(entry)) for entry in settings.entries]
     if arguments.out is None:
         raise ConfigError("--out", "nothing", "a folder for the run", "Write --out runs/NAME.")
     out = arguments.out.expanduser().resolve()
+    refuse_used(out)
     if arguments.compare is None and len(settings.entries) == 1:
         return _told(_single(settings, out), out)
-    return _told(_several(settings, out, arguments.jobs), out)
+    return _told(_several(settings, out, arguments), out)
+
+
+def _refuse_others(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for settings beside --resume: a run goes on with its own."""
+    for name, value in vars(arguments).items():
+        if name not in _ANY and value not in (None, False, []):
+            flag = "a YAML" if name == "settings" else f"--{name.replace('_', '-')}"
+            remedy = "Leave it out: a run goes on with the settings it began with."
+            raise ConfigError("--resume", flag, "nothing but --jobs and --without-guard beside it", remedy)
 
 
 def settings_of(arguments: argparse.Namespace) -> RunSettings:
@@ -63,12 +77,14 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
 
 def _model(name: str, hparams: Path) -> dict[str, Any]:
     """A model by the name of its YAML, which lies beside ``hparams``, or any other model with the same settings."""
-    beside = hparams.expanduser().with_name(f"{name}.yaml")
-    return {"hparams": beside, "model": None} if beside.exists() else {"model": name}
+    beside = hparams.expanduser().parent / f"{name}.yaml"
+    return {"hparams": beside, "model": None} if name == Path(name).name and beside.exists() else {"model": name}
 
 
-def _with(settings: Mapping[str, Mapping[str, Any]], given: list[str]) -> dict[str, dict[str, Any]]:
+def _with(settings: Mapping[str, Mapping[str, Any]], given: list[str]) -> Mapping[str, Mapping[str, Any]]:
     """The settings, with those of ``--set``: "KEY=VALUE" for all entries, "ENTRY.KEY=VALUE" for one."""
+    if not given:
+        return settings
     found = {entry: dict(values) for entry, values in settings.items()}
     for one in given:
         key, equals, value = one.partition("=")
@@ -89,16 +105,16 @@ def _single(settings: RunSettings, out: Path) -> list[Ended]:
 
 def _resumed(folder: Path, arguments: argparse.Namespace) -> list[Ended]:
     if (folder / COMPARISON).exists():
-        return _several(RunSettings.from_mapping(read_json(folder / COMPARISON)), folder, arguments.jobs)
+        return _several(RunSettings.from_mapping(read_json(folder / COMPARISON)), folder, arguments)
     entry = read_manifest(folder)["entry"]
     with logged(folder):
         outcome = resume(folder, Bars(hide=frozenset(("aiming",))), guarded=not arguments.without_guard)
     return [Ended(entry, outcome.edits, outcome.stopped)]
 
 
-def _several(settings: RunSettings, out: Path, jobs: int) -> list[Ended]:
+def _several(settings: RunSettings, out: Path, arguments: argparse.Namespace) -> list[Ended]:
     with tqdm(total=settings.edits * len(settings.entries), desc="edits") as bar:
-        return compare(settings, out, jobs, lambda done: _set(bar, done))
+        return compare(settings, out, arguments.jobs, lambda done: _set(bar, done), not arguments.without_guard)
 
 
 def _set(bar: tqdm[Any], done: int) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
-from sphere_plugin.errors import SphereError
+from sphere_plugin.editing.config import check_number
+from sphere_plugin.errors import ConfigError, SphereError
 from sphere_plugin.files import write_json
-from sphere_plugin.sequence.entries import OWN, split
+from sphere_plugin.journaling import Journal
+from sphere_plugin.journaling.disk import numbered
+from sphere_plugin.sequence.guard import Events
 from sphere_plugin.sequence.manifest import NAME
-from sphere_plugin.sequence.runner import Run, resume, start
+from sphere_plugin.sequence.runner import Run, check, resume, start
 from sphere_plugin.sequence.settings import RunSettings
 from sphere_plugin.sequence.workers import logged, workers_environment
 
@@ -40,57 +43,127 @@ class Ended:
     failed: str | None = None
 
 
+Work = Callable[[RunSettings, Path, bool], Ended]
+
+
 def compare(
-    settings: RunSettings, folder: Path, jobs: int = 1, progress: Callable[[int], None] | None = None
+    settings: RunSettings,
+    folder: Path,
+    jobs: int = 1,
+    progress: Callable[[int], None] | None = None,
+    guarded: bool = True,
 ) -> list[Ended]:
     """Run every entry in ``folder/<entry>``, or go on with it where it was stopped.
 
-    An entry that fails leaves the others alone; its folder has the log.
+    An entry that fails, or whose process is killed, leaves the others alone; its folder has the log.
 
     Args:
         settings: of the comparison.
         folder: for the entries' folders.
         jobs: entries at a time; the threads of torch are shared out among them.
         progress: told the number of edits done, of all entries, from time to time.
+        guarded: see `resume`.
+
+    Raises:
+        SphereError: what can be said before anything is started.
     """
+    check_number("--jobs", jobs, 1, whole=True)
+    check(settings)
     write_json(folder / COMPARISON, settings.plain())
-    context = multiprocessing.get_context("spawn")
     with workers_environment(max(1, torch.get_num_threads() // jobs)):
-        if settings.share_targets:
-            first = next((one for one in settings.entries if split(one)[0] in OWN), None)
-            if first is not None:
-                with ProcessPoolExecutor(1, mp_context=context) as pool:
-                    pool.submit(_find_targets, settings.for_entry(first), folder / first).result()
-        with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-            running = {pool.submit(_work, settings.for_entry(one), folder / one): one for one in settings.entries}
-            _watch(set(running), settings, folder, progress or (lambda done: None))
-    return [_ended(one, future) for future, one in running.items()]
+        if settings.share_targets:  # once, before two entries look for them at the same time
+            _side_by_side(_find_targets, [settings.for_entry(settings.entries[0])], folder, 1, guarded, lambda: None)
+        each = [settings.for_entry(entry) for entry in settings.entries]
+        told = progress or (lambda done: None)
+        return _side_by_side(_work, each, folder, jobs, guarded, lambda: told(sum(_done(one, folder) for one in each)))
 
 
-def _watch(running: set[Future[Ended]], settings: RunSettings, folder: Path, progress: Callable[[int], None]) -> None:
-    while running:
-        _, running = wait(running, timeout=_EVERY)
-        batches = (len(list((folder / one / "journal").glob("*.json"))) for one in settings.entries)
-        progress(sum(min(count * settings.batch_size, settings.edits) for count in batches))
-
-
-def _ended(entry: str, future: Future[Ended]) -> Ended:
+def _side_by_side(
+    work: Work, each: Sequence[RunSettings], folder: Path, jobs: int, guarded: bool, look: Callable[[], None]
+) -> list[Ended]:
+    """``work`` on every entry in a process of its own, so many at a time."""
+    context = multiprocessing.get_context("spawn")
+    waiting, ended = list(each), dict[str, Ended]()
+    running = dict[Any, tuple[RunSettings, Any]]()
     try:
-        return future.result()
-    except Exception as error:  # noqa: BLE001 - a worker that was killed, for want of memory most likely
-        return Ended(entry, 0, failed=f"{type(error).__name__}: {error}")
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                settings = waiting.pop(0)
+                answers, theirs = context.Pipe(duplex=False)
+                place = folder / settings.entries[0]
+                process = context.Process(target=_answer, args=(theirs, work, settings, place, guarded), daemon=True)
+                process.start()
+                theirs.close()
+                running[answers] = settings, process
+            for ready in wait(list(running), timeout=_EVERY):
+                settings, process = running.pop(ready)
+                ended[settings.entries[0]] = _ended(settings, ready, process, folder)
+            look()
+    finally:
+        for _, process in running.values():
+            process.terminate()
+    return [ended[settings.entries[0]] for settings in each]
 
 
-def _find_targets(settings: RunSettings, folder: Path) -> None:
-    Run(settings, folder)
+def _answer(answers: Any, work: Work, settings: RunSettings, folder: Path, guarded: bool) -> None:
+    answers.send(work(settings, folder, guarded))
 
 
-def _work(settings: RunSettings, folder: Path) -> Ended:
-    """One entry, in its own process."""
-    entry = settings.entries[0]
+def _ended(settings: RunSettings, answers: Any, process: Any, folder: Path) -> Ended:
+    """What a process answered before it ended."""
+    try:
+        ended: Ended = answers.recv()
+    except EOFError:
+        process.join()
+        killed = " (killed, for want of memory most likely)" if process.exitcode == -9 else ""
+        why = f"its process ended with code {process.exitcode}{killed}"
+        ended = Ended(settings.entries[0], _done(settings, folder), failed=why)
+    return ended
+
+
+def _done(settings: RunSettings, folder: Path) -> int:
+    """How many edits of an entry are in its journal, as far as the names of files tell."""
+    batches = max(numbered(folder / settings.entries[0] / "journal"), default=0)
+    return min(batches * settings.batch_size, settings.edits)
+
+
+# ---- what the processes do ----
+
+
+def _find_targets(settings: RunSettings, folder: Path, guarded: bool) -> Ended:  # noqa: ARG001 (as `_work`)
     with logged(folder):
         try:
-            outcome = resume(folder) if (folder / NAME).exists() else start(settings, folder)
+            Run(settings, folder)
         except SphereError as error:
-            return Ended(entry, 0, failed=str(error))
+            return Ended(settings.entries[0], 0, failed=str(error))  # every entry will say so
+    return Ended(settings.entries[0], 0)
+
+
+def _work(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
+    entry, begun = settings.entries[0], (folder / NAME).exists()
+    stopped = _stopped(folder) if begun and guarded else None
+    if stopped is not None:
+        return Ended(entry, _done(settings, folder.parent), stopped=stopped)
+    try:
+        with logged(folder):
+            outcome = resume(folder, guarded=guarded) if begun else start(settings, folder)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends this entry only
+        failed = str(error) if isinstance(error, SphereError) else f"{type(error).__name__}: {error}"
+        return Ended(entry, _done(settings, folder.parent), failed=failed)
     return Ended(entry, outcome.edits, outcome.stopped)
+
+
+def _stopped(folder: Path) -> str | None:
+    """Why the guard of a run has stopped it where it is."""
+    events = Events(folder)
+    if not events.all() or events.off:
+        return None
+    journal = Journal.open(folder / "journal")
+    return events.stopped(int(journal.record(len(journal))["edits"]) if len(journal) else 0)
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise ConfigError if there is a run, or a comparison, in ``folder``."""
+    if (folder / NAME).exists() or (folder / COMPARISON).exists():
+        remedy = f"Continue it with --resume {folder}."
+        raise ConfigError("--out", str(folder), "a folder without a run", remedy)

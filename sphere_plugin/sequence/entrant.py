@@ -94,6 +94,7 @@ class OwnEntrant:
         self.model, self.tokenizer = editor.model, editor.tok
         self.editor = editor.apply_algo.open(editor.model, editor.tok, editor.hparams)
         self._names = {layer: rewrite.name for layer, rewrite in self.editor.anatomy.rewrites.items()}
+        self._remembers = self.editor.config.base_method == "AlphaEdit"
 
     @property
     def weights(self) -> Mapping[str, nn.Parameter]:
@@ -127,14 +128,18 @@ class OwnEntrant:
         return Done(
             layers=[{name: getattr(layer, name) for name in told} for layer in report.layers],
             updates={layer.name: layer.update for layer in report.layers},
-            keys={self._names[layer]: keys for layer, keys in report.keys.items()},
+            keys={self._names[layer]: keys for layer, keys in report.keys.items()} if self._remembers else {},
             losses=report.aimed.losses.tolist(),
             steps=report.aimed.steps.tolist(),
         )
 
     def resume(self, batches: Iterator[Mapping[str, Tensor]], memory: Mapping[str, Tensor]) -> None:
         """Learn the keys of earlier batches again, and what the restraints knew."""
-        self.editor.resume({layer: keys[name] for layer, name in self._names.items()} for keys in batches)
+        nothing = torch.empty(0)  # MEMIT does not look at keys of earlier batches
+        self.editor.resume(
+            {layer: keys[name] if self._remembers else nothing for layer, name in self._names.items()}
+            for keys in batches
+        )
         self.editor.recall(memory)
 
     def memory(self) -> dict[str, Tensor]:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from sphere_plugin.easyedit.host import load_host
+import yaml
+
+from sphere_plugin.easyedit.blocks import numbers, read_prune, read_rect, types_of
+from sphere_plugin.easyedit.host import Host
 from sphere_plugin.easyedit.hparams import PruneHyperParams, RectHyperParams, SphereHyperParams
 from sphere_plugin.easyedit.reading import load_any
+from sphere_plugin.easyedit.registration import register
 from sphere_plugin.editing.config import ALPHA_OF
 from sphere_plugin.errors import ConfigError
 
+_LOG = logging.getLogger("sphere_plugin")
+
+# What EasyEdit's main branch reads of a YAML for FT, and its PyPI release does not know.
+_OBJECTIVE: Final = "objective_optimization"
 # Name -> how it is written. The first four are solved by this package's own editor, the others by EasyEdit.
 OWN: Final = MappingProxyType({"memit": "MEMIT", "alphaedit": "AlphaEdit", "rect": "RECT", "prune": "PRUNE"})
 HOSTED: Final = MappingProxyType({"ft": "FT", "rome": "ROME"})
 # What may follow a plus sign. The last two are controls, see `restraints.controls`.
 VARIANTS: Final = MappingProxyType({"sphere": "SPHERE", "shrunk": "SPHERE's length", "random": "random subspace"})
+# Keys of a YAML that the name of an entry, or a setting of the run, decides.
+DECIDED: Final = MappingProxyType(
+    {"alg_name": "entries", "base_method": "entries", "control": "entries", "batch_size": "batch_size"}
+    | {"model_name": "model"}
+)
 ALL: Final = tuple(f"{base}{variant}" for base in (*OWN, *HOSTED) for variant in ("", "+sphere"))
 
 
@@ -67,6 +82,10 @@ def hparams_of(name: str, path: Path, model: str | None, settings: Mapping[str, 
         ConfigError: a file is missing, or a key or value is wrong.
     """
     base, variant = split(name)
+    for key in settings:
+        if key in DECIDED:
+            remedy = f"The run's own setting {DECIDED[key]} decides that."
+            raise ConfigError(f"settings of {name}", key, "a key of the method", remedy)
     changes = {**settings, **({} if model is None else {"model_name": model})}
     if base in OWN:
         return _own(base, variant, SphereHyperParams.from_hparams(path), changes)
@@ -89,26 +108,43 @@ def _own(base: str, variant: str | None, given: SphereHyperParams, changes: dict
 
 
 def _known(changes: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(kind)]
+    types = types_of(kind)
     for key in changes:
-        if key not in names:
+        if key not in types:
             raise ConfigError("settings", key, "a key of the YAML", "See docs/hparams.md for what there is.")
-    return dict(changes)
+    readers = {"rect": read_rect, "prune": read_prune}
+    return {
+        key: readers[key](value) if key in readers and value is not None else value
+        for key, value in numbers(changes, types).items()
+    }
 
 
 def _hosted(method: str, variant: str | None, path: Path, changes: Mapping[str, Any]) -> Any:
-    yaml = path.expanduser().resolve().parent.parent / method / path.name
-    if not yaml.exists():
+    beside = path.expanduser().resolve().parent.parent / method / path.name
+    if not beside.exists():
         remedy = f"Write one for {method}, or leave this entry out."
-        raise ConfigError("hparams", str(yaml), f"EasyEdit's YAML of {method} for this model", remedy)
-    hparams = load_any(yaml, load_host())
+        raise ConfigError("hparams", str(beside), f"EasyEdit's YAML of {method} for this model", remedy)
+    hparams = _read(beside, register())
     for key, value in changes.items():
         if not hasattr(hparams, key):
-            raise ConfigError("settings", key, f"a key of {yaml.name}", "Check the spelling.")
-        setattr(hparams, key, value)
-    if variant:
-        hparams.sphere = True
+            raise ConfigError("settings", key, f"a key of {beside}", "Check the spelling.")
+        fraction = isinstance(getattr(hparams, key), float) and not isinstance(value, bool)
+        setattr(hparams, key, numbers({key: value}, {key: "float"})[key] if fraction else value)
+    # A block `sphere:` of the YAML says with which numbers.
+    hparams.sphere = (getattr(hparams, "sphere", False) or True) if variant else False
     return hparams
+
+
+def _read(path: Path, host: Host) -> Any:
+    """The YAML of a method of the host, without what this host does not know."""
+    text = path.read_text(encoding="utf-8")
+    if host.kind == "main" or _OBJECTIVE not in text:
+        return load_any(path, host)
+    _LOG.warning("this EasyEdit has no %s: its FT trains all of a target at the prompt's last token", _OBJECTIVE)
+    with tempfile.TemporaryDirectory(prefix="sphere-") as folder:
+        known = {key: value for key, value in yaml.safe_load(text).items() if key != _OBJECTIVE}
+        (Path(folder) / path.name).write_text(yaml.safe_dump(known), encoding="utf-8")
+        return load_any(Path(folder) / path.name, host)
 
 
 def settings_of(name: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -122,9 +158,13 @@ def settings_of(name: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 def check_settings(given: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
     """Raise ConfigError for settings of an entry that does not run."""
     used = {"all", *names, *(split(name)[0] for name in names)}
-    for key in given:
+    if not isinstance(given, Mapping):
+        raise ConfigError("settings", given, "entries with their settings", "Write settings: {memit: {v_lr: 0.5}}.")
+    for key, values in given.items():
         if key not in used:
             raise ConfigError("settings", key, "all, or one of the entries", f"Entries are {', '.join(names)}.")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"settings.{key}", values, "keys and values", f"Write {key}: {{v_lr: 0.5}}.")
 
 
 def absolute(hparams: Any) -> Any:

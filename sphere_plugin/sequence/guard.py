@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.files import read_json, write_json
 
 Action = Literal["stop", "rollback", "warn"]
 
@@ -75,3 +77,36 @@ class Guard:
             return None
         left = f"{now / fresh:.1%} is left, less than {self.retention:.1%}"
         return f"of the efficacy right after each batch, {fresh:.3f}, {left}"
+
+
+class Events:
+    """What the guard of a run has done so far: ``guard.json`` in the folder of the run.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "guard.json"
+
+    def all(self) -> list[dict[str, Any]]:
+        """Each as docs/run-folder.md says, in their order."""
+        return list(read_json(self._path)) if self._path.exists() else []
+
+    def add(self, edits: int, reason: str, action: str, left: int) -> None:
+        """Note one; the same one twice, after a stop in between, counts once."""
+        told = self.all()
+        event = {"edits": edits, "reason": reason, "action": action, "left": left}
+        if told[-1:] != [event]:
+            write_json(self._path, [*told, event])
+
+    @property
+    def off(self) -> bool:
+        """Whether somebody has switched the guard off, which is for good."""
+        return any(event["action"] == "off" for event in self.all())
+
+    def stopped(self, edits: int) -> str | None:
+        """Why the guard stopped the run where it is now, with so many edits in its weights; None if it did not."""
+        last = self.all()[-1:]
+        here = bool(last) and last[0]["action"] in ("stop", "rollback") and last[0]["left"] == edits
+        return str(last[0]["reason"]) if here else None

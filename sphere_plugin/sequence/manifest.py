@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -19,6 +20,7 @@ from sphere_plugin._version import __version__
 from sphere_plugin.errors import CacheError
 from sphere_plugin.files import read_json
 from sphere_plugin.journaling.disk import plain
+from sphere_plugin.restraints import PruneConfig, RectConfig
 from sphere_plugin.sequence.entries import label
 from sphere_plugin.sequence.settings import RunSettings
 
@@ -29,24 +31,26 @@ NAME: Final = "manifest.json"
 
 
 def manifest_of(
-    settings: RunSettings, hparams: Any, dtype: torch.dtype, contexts: Sequence[str], weights: str
+    settings: RunSettings, hparams: Any, model: str, dtype: torch.dtype, contexts: Sequence[str], weights: str
 ) -> dict[str, Any]:
     """The content of a new run's manifest, docs/run-folder.md.
 
     Args:
         settings: of one entry.
         hparams: the method's.
+        model: its name or folder.
         dtype: of the edited weights.
         contexts: prefixes facts are edited behind.
         weights: fingerprint of the touched weights before any edit.
     """
-    name = Path(str(hparams.model_name)).name
+    given = {**vars(hparams), "model_name": Path(model).name}
+    blocks = {key: dataclasses.asdict(one) for key, one in given.items() if isinstance(one, RectConfig | PruneConfig)}
     content = {
         "format": FORMAT,
         "entry": settings.entries[0],
         "label": label(settings.entries[0]),
-        "method": {"alg_name": hparams.alg_name, "hparams": {**vars(hparams), "model_name": name}},
-        "model": {"name": str(hparams.model_name), "dtype": str(dtype).removeprefix("torch."), "weights": weights},
+        "method": {"alg_name": hparams.alg_name, "hparams": given | blocks},
+        "model": {"name": model, "dtype": str(dtype).removeprefix("torch."), "weights": weights},
         "data": {
             "file": "facts.json" if settings.data is None else settings.data.name,
             "sha256": data_digest(settings.data),
@@ -61,7 +65,8 @@ def manifest_of(
         "protocol": dict.fromkeys(("efficacy", "generalization", "specificity"), settings.protocol),
         "preset": settings.preset,
         "contexts": list(contexts),
-        "settings": settings.plain(),
+        "seed": settings.seed,
+        "settings": settings.plain() | {"model": model},
         **surroundings(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -103,7 +108,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with other facts, another model or other prefixes; warn of what changes the last digits.
+    """Refuse to go on with other facts, weights, settings or prefixes; warn of what changes the last digits.
 
     Raises:
         CacheError: names what differs.
@@ -113,6 +118,11 @@ def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) ->
         if then[part][key] != now[part][key]:
             remedy = "Continue with what the run began with, or begin a new one."
             raise CacheError(f"{folder}: {what}", now[part][key], f"{then[part][key]}, as in the manifest", remedy)
+    old, new = ({**told["method"]["hparams"], "stats_dir": None} for told in (then, now))
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key):
+            remedy = "Put the YAML back as it was, or begin a new run."
+            raise CacheError(f"{folder}: {key}", new.get(key), f"{old.get(key)}, as in the manifest", remedy)
     if then["contexts"] != now["contexts"]:
         remedy = "They come from the model and the seed: use the versions of the manifest, or begin a new run."
         raise CacheError(f"{folder}: prefixes", now["contexts"], f"{then['contexts']}, as in the manifest", remedy)

@@ -29,6 +29,14 @@ def energies(weight: Tensor) -> Energies:
     return found
 
 
+def sigma_max(weight: Tensor) -> float | None:
+    """The largest singular value; None where an entry is not finite."""
+    try:
+        return largest_singular_value(weight)
+    except ModelError:
+        return None
+
+
 class Monitor:
     """Follows weights from before the first edit on.
 
@@ -45,28 +53,30 @@ class Monitor:
     def batch(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         """Weight -> `energy` and `sigma_max` now."""
         rows = {name: self._rows(name, weights[name]) for name in self._transposed}
-        return {
-            name: {"energy": energies(one), "sigma_max": largest_singular_value(one)} for name, one in rows.items()
-        }
+        return {name: {"energy": energies(one), "sigma_max": sigma_max(one)} for name, one in rows.items()}
 
-    def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
         """Weight -> `update_norm` ‖W − W₀‖, `weight_norm` ‖W₀‖ and `sigma_max` now."""
-        told = {}
+        told: dict[str, dict[str, float | None]] = {}
         for name, before in self._unedited.items():
             now, old = self._rows(name, weights[name]).float(), before.to(weights[name].device).float()
             told[name] = {
                 "update_norm": float(torch.linalg.vector_norm(now - old)),
                 "weight_norm": float(torch.linalg.vector_norm(old)),
-                "sigma_max": largest_singular_value(now),
+                "sigma_max": sigma_max(now),
             }
         return told
 
     def change(self, now: Mapping[str, Energies]) -> Energies:
-        """Weight -> relative change of its energy at s = 2 since before the first edit."""
+        """Weight -> relative change of its energy at s = 2 since before the first edit; None where it has none now.
+
+        A weight that had none before the first edit is left out.
+        """
         found: Energies = {}
         for name, known in self.energy.items():
             old, new = known["2"], now[name]["2"]
-            found[name] = None if old is None or new is None else new / old - 1.0
+            if old is not None:
+                found[name] = None if new is None else new / old - 1.0
         return found
 
     def _rows(self, name: str, weight: Tensor) -> Tensor:

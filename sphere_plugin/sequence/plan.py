@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import sys
 import tempfile
@@ -26,7 +27,7 @@ class Plan:
 
     Attributes:
         editing: seconds.
-        scoring: seconds, of all checkpoints.
+        scoring: seconds, of all checkpoints and the unedited model.
         disk: bytes of the folder.
         memory: bytes the process had at most during the probe.
         facts: how many the probe edited.
@@ -53,6 +54,7 @@ def plan(settings: RunSettings) -> Plan:
     Raises:
         SphereError: whatever would end the run before its first batch.
     """
+    settings = dataclasses.replace(settings, share_targets=False)  # finding them all is what would take long
     with tempfile.TemporaryDirectory(prefix="sphere-plan-") as folder:
         run = Run(settings, Path(folder) / "run")
     count = min(PROBE, settings.batch_size, len(run.records))
@@ -61,17 +63,30 @@ def plan(settings: RunSettings) -> Plan:
         done = run.entrant.apply(run.records[:count], 1)
         before.restore(run.weights)
     editing = (time.perf_counter() - started) / count * len(run.records)
-    started = time.perf_counter()
-    run.quality.score(count)
-    per_prompt = (time.perf_counter() - started) / max(1, run.quality.prompts(count))
-    scored = sum(run.quality.prompts(min(point, settings.sample or point)) for point in settings.checkpoints)
+    scoring = _scoring(run, count)
     batches = -(-len(run.records) // settings.batch_size)
     whole = sum(_bytes(weight) for weight in run.weights.values())
     facts = settings.batch_size / count
     kept = sum(facts * _bytes(keys) for keys in done.keys.values())
     kept += sum(min(_bytes(run.weights[name]), facts * _factors(one)) for name, one in done.updates.items())
     kept = kept if done.updates else whole
-    return Plan(editing, per_prompt * scored, int(whole + batches * kept), _peak(), count)
+    return Plan(editing, scoring, int(whole + batches * kept), _peak(), count)
+
+
+def _scoring(run: Run, count: int) -> float:
+    """Seconds, from scoring ``count`` facts once."""
+    settings, quality, length = run.settings, run.quality, run.settings.fluency
+    started = time.perf_counter()
+    quality.score(count)
+    reading = (time.perf_counter() - started) / max(1, quality.prompts(count))
+    started = time.perf_counter()
+    texts = quality.prompts(count, fluency=length) - quality.prompts(count)
+    if texts:
+        quality.score(count, fluency=length)
+    writing = max(0.0, time.perf_counter() - started - reading * quality.prompts(count)) / max(1, texts)
+    sizes = [min(point, settings.sample or point) for point in (*settings.checkpoints, settings.edits)]
+    written = 2 * (quality.prompts(sizes[-1], fluency=length) - quality.prompts(sizes[-1]))  # at the ends of the run
+    return reading * sum(quality.prompts(size) for size in sizes) + writing * written
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -88,4 +103,6 @@ def _peak() -> int:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -38,6 +38,6 @@ def preset(name: str, scale: float | None = None) -> dict[str, Any]:
     if scale > 1:
         raise ConfigError("--scale", scale, "a share of at most 1", "Leave it out for the paper's size.")
     size = max(1, round(content["batch_size"] * max(scale, 0.2)))
-    edits = max(1, round(content["edits"] * scale / size)) * size
-    points = {min(edits, max(1, round(point * scale / size)) * size) for point in content["checkpoints"]}
-    return content | {"batch_size": size, "edits": edits, "checkpoints": sorted(points)}
+    edits, *points = (max(1, int(n * scale / size + 0.5)) * size for n in (content["edits"], *content["checkpoints"]))
+    points = sorted({min(edits, point) for point in points})
+    return content | {"batch_size": size, "edits": edits, "checkpoints": points}

@@ -6,6 +6,7 @@ What is on disk is docs/run-folder.md. Memory does not grow with the number of e
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import random
 import time
@@ -26,8 +27,9 @@ from sphere_plugin.journaling import Journal, run_lock
 from sphere_plugin.journaling.disk import plain
 from sphere_plugin.journaling.store import orientations
 from sphere_plugin.sequence.demo import held_out
-from sphere_plugin.sequence.entrant import Entrant, entrant_of
+from sphere_plugin.sequence.entrant import AIMING, Entrant, OwnEntrant, entrant_of
 from sphere_plugin.sequence.entries import absolute, hparams_of, settings_of
+from sphere_plugin.sequence.guard import Events
 from sphere_plugin.sequence.manifest import NAME, check_same, manifest_of, read_manifest
 from sphere_plugin.sequence.monitor import Monitor
 from sphere_plugin.sequence.settings import RunSettings
@@ -55,6 +57,24 @@ class Outcome:
     stopped: str | None
 
 
+def check(settings: RunSettings) -> None:
+    """Find out what can be found out before a model is loaded.
+
+    Raises:
+        SphereError: an entry, a file or a number of facts that cannot be.
+    """
+    searches: list[tuple[str, object]] = []
+    for entry in settings.entries:
+        hparams = hparams_of(entry, settings.hparams, settings.model, settings_of(entry, settings.settings))
+        searches = searches or [(name, getattr(hparams, name, None)) for name in AIMING]
+        for name, value in searches if settings.share_targets else ():
+            if getattr(hparams, name) != value:
+                remedy = "Give it to all entries, or run without share_targets."
+                raise ConfigError(f"{name} of {entry}", getattr(hparams, name), f"{value}, as all entries", remedy)
+    read_records(settings.data, settings.edits, settings.order)
+    held_out(settings.text)
+
+
 def start(settings: RunSettings, folder: Path, progress: Progress | None = None) -> Outcome:
     """Run one entry in a new folder.
 
@@ -75,7 +95,7 @@ def resume(folder: Path, progress: Progress | None = None, guarded: bool = True)
     Args:
         folder: of the run.
         progress: see `Run`.
-        guarded: False goes on without the guard, also after it has stopped the run.
+        guarded: False switches the guard of this run off for good, also after it has stopped the run.
 
     Raises:
         CacheError: there is no run, a file of it is damaged, the facts or the model are others, or a process runs it.
@@ -104,17 +124,21 @@ class Run:
         self.hparams = absolute(
             hparams_of(entry, settings.hparams, settings.model, settings_of(entry, settings.settings))
         )
+        self._model = str(self.hparams.model_name)  # EasyEdit's methods get another name for the embedded one
         self.records = read_records(settings.data, settings.edits, settings.order)
         text = held_out(settings.text)
         self.entrant, self.quality = self._open(text)
         self.contexts = self.entrant.prepare()
         self._unedited = fingerprint(self.weights.items())
-        self.guard = settings.guard
-        self.targets = Targets(self.folder, settings, self.entrant) if settings.share_targets else None
+        self.guard, self.events = settings.guard, Events(self.folder)
+        self.targets: Targets | None = None
+        if settings.share_targets and isinstance(self.entrant, OwnEntrant):
+            self.targets = Targets(self.folder, settings, self.entrant, self.records)
 
     def _open(self, text: str) -> tuple[Entrant, Quality]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.chdir(self.folder):  # EasyEdit writes a log to the working directory
+        # EasyEdit says that it writes a log, and writes it to the working directory.
+        with contextlib.chdir(self.folder), contextlib.redirect_stdout(io.StringIO()):
             editor = register().base_editor(self.hparams)
         entrant, settings = entrant_of(editor, self.settings.seed), self.settings
         quality = Quality(
@@ -136,12 +160,15 @@ class Run:
 
     def take_up(self, guarded: bool) -> None:
         """Put the model where the run was stopped."""
-        stopped = self._stopped()
-        if stopped is not None and guarded:
+        self.journal = Journal.open(self.folder / "journal")
+        edits = self._edits(len(self.journal))
+        if self.guard and not guarded:
+            self.events.add(edits, "--without-guard", "off", edits)
+        self.guard = None if self.events.off else self.guard
+        stopped = self.events.stopped(edits)
+        if self.guard and stopped is not None:
             remedy = "Continue with --without-guard, or take edits back with `sphere undo`."
             raise ConfigError("--resume", f"a run that its guard stopped: {stopped}", "a run to go on with", remedy)
-        self.guard = self.guard if guarded else None
-        self.journal = Journal.open(self.folder / "journal")
         check_same(self.folder, read_manifest(self.folder), self._manifest())
         self._follow(orientations(self.entrant.model, self.weights))
         number = len(self.journal)
@@ -151,22 +178,20 @@ class Run:
 
     def go(self) -> Outcome:
         """Run to the end, or to where the guard stops it."""
-        self._score(len(self.journal))
-        size, total = self.settings.batch_size, len(self.records)
-        self._progress("edits", min(len(self.journal) * size, total), total)
-        for number in range(len(self.journal) + 1, -(-total // size) + 1):
-            changes = self._batch(number)
+        size, total, number = self.settings.batch_size, len(self.records), len(self.journal)
+        self._progress("edits", self._edits(number), total)
+        stopped = self._judge(number)
+        while stopped is None and number * size < total:
+            number += 1
+            self._batch(number)
             self._progress("edits", min(size, total - (number - 1) * size), total)
-            reason = self.guard.on_energy(changes) if self.guard else None
-            reason = self._score(number) or reason
-            if reason and self.guard and self._act(reason, min(number * size, total)):
-                return Outcome(self._edits(len(self.journal)), reason)
-        return Outcome(total, None)
+            stopped = self._judge(number)
+        return Outcome(self._edits(len(self.journal)), stopped)
 
     # ---- one batch ----
 
-    def _batch(self, number: int) -> dict[str, float | None]:
-        """Write batch ``number`` and its record; returns the relative change of every weight's energy so far."""
+    def _batch(self, number: int) -> None:
+        """Write batch ``number`` and its record."""
         size = self.settings.batch_size
         places = range((number - 1) * size, min(number * size, len(self.records)))
         batch = [self.records[place] for place in places]
@@ -187,7 +212,6 @@ class Run:
         self._keep(number, self.entrant.memory())
         self.journal.append(record, self.weights, done.updates, done.keys)
         self._drop(number - 1)
-        return self.monitor.change({name: one["energy"] for name, one in measured.items()})
 
     def _edits(self, number: int) -> int:
         return int(self.journal.record(number)["edits"]) if number else 0
@@ -218,27 +242,22 @@ class Run:
 
     # ---- checkpoints ----
 
-    def _score(self, number: int) -> str | None:
-        """Score the model after batch ``number`` if that is due; returns why the guard would act."""
+    def _score(self, number: int) -> dict[str, Any] | None:
+        """Score the model after batch ``number`` if that is due, and return the scores."""
         edits = self._edits(number)
         path = self.folder / "checkpoints" / f"{edits:06d}.json"
         if edits and edits not in self.settings.checkpoints:
             return None
         if not path.exists():
             write_json(path, plain(self._checkpoint(number, edits)))
-        if not edits or self.guard is None:
-            return None
-        return self.guard.on_retention(*self._retention(number, read_json(path)))
+        return dict(read_json(path))
 
     def _checkpoint(self, number: int, edits: int) -> dict[str, Any]:
-        which = self._sampled(edits)
-        total = self.quality.prompts(edits, which)
-        last = edits == self.settings.edits or edits == 0
+        asked = edits or self.settings.edits  # the unedited model is asked what the last one will be
+        which, fluency = self._sampled(asked), self.settings.fluency if asked == self.settings.edits else 0
+        total = self.quality.prompts(asked, which, fluency)
         scores = self.quality.score(
-            edits,
-            which,
-            lambda done: self._progress(f"scoring after {edits}", done, total),
-            fluency=self.settings.fluency if last else 0,
+            asked, which, lambda done: self._progress(f"scoring after {edits}", done, total), fluency
         )
         cases = range(min(CASES, len(self.records)))
         texts = self.quality.texts(cases, CASE_TOKENS)
@@ -268,37 +287,39 @@ class Run:
 
     # ---- the guard ----
 
-    def _act(self, reason: str, edits: int) -> bool:
-        """Do what the guard is to do; returns whether the run ends."""
-        if self.guard is None:
-            return False
-        _LOG.warning("after %d edits %s (guard: %s)", edits, reason, self.guard.action)
-        told = self._events() + [{"edits": edits, "reason": reason, "action": self.guard.action}]
-        if self.guard.action == "warn":
-            write_json(self.folder / "guard.json", told)
-            return False
-        if self.guard.action == "rollback":
-            points = [point for point in self.settings.checkpoints if point < edits]
-            back = self.journal.batch_at(max(points, default=0))
+    def _judge(self, number: int) -> str | None:
+        """Score the model after batch ``number`` if that is due, and ask the guard; returns why the run ends."""
+        checkpoint = self._score(number)
+        if self.guard is None or not number:
+            return None
+        record = self.journal.record(number)
+        energy = {layer["name"]: layer["energy"] for layer in record["layers"] if "energy" in layer}
+        reason = self.guard.on_energy(self.monitor.change(energy))
+        if checkpoint is not None:
+            reason = self.guard.on_retention(*self._retention(number, checkpoint)) or reason
+        return None if reason is None else self._act(self.guard.action, reason, int(record["edits"]))
+
+    def _act(self, action: str, reason: str, edits: int) -> str | None:
+        """Do what the guard is to do after so many edits; returns why the run ends."""
+        _LOG.warning("after %d edits %s (guard: %s)", edits, reason, action)
+        left = edits
+        if action == "rollback":
+            left = max((point for point in self.settings.checkpoints if point < edits), default=0)
+            back = self.journal.batch_at(left)
             self.journal.truncate(back)
             self.journal.restore(back, dict(self.weights))
-        write_json(self.folder / "guard.json", told)
-        return True
-
-    def _events(self) -> list[dict[str, Any]]:
-        path = self.folder / "guard.json"
-        return list(read_json(path)) if path.exists() else []
-
-    def _stopped(self) -> str | None:
-        last = self._events()[-1:]
-        return str(last[0]["reason"]) if last and last[0]["action"] != "warn" else None
+        self.events.add(edits, reason, action, left)
+        return None if action == "warn" else reason
 
     def _follow(self, turned: Mapping[str, bool]) -> None:
         self.monitor = Monitor(self.journal.weights_after(0), turned)
+        blind = [name for name, energy in self.monitor.energy.items() if energy["2"] is None]
+        if blind and self.guard and self.guard.energy is not None:
+            _LOG.warning("the guard cannot see %s: zero or equal rows have no hyperspherical energy", ", ".join(blind))
 
     def _manifest(self) -> dict[str, Any]:
         weight = next(iter(self.weights.values()))
-        return manifest_of(self.settings, self.hparams, weight.dtype, self.contexts, self._unedited)
+        return manifest_of(self.settings, self.hparams, self._model, weight.dtype, self.contexts, self._unedited)
 
 
 def _fact(record: Record) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any, Literal, Self, get_args
 
 import yaml
 
-from sphere_plugin.editing.config import check_number, check_text
+from sphere_plugin.editing.config import check_flag, check_number, check_text
 from sphere_plugin.errors import ConfigError
-from sphere_plugin.sequence.entries import check_settings, parse
+from sphere_plugin.sequence.entries import HOSTED, check_settings, parse, split
 from sphere_plugin.sequence.guard import Guard
 from sphere_plugin.sequence.run import check_schedule
 
@@ -70,6 +70,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         parse(",".join(self.entries))
         check_number("edits", self.edits, 1, whole=True)
+        check_number("batch_size", self.batch_size, 1, whole=True)
         check_number("fluency", self.fluency, 0, whole=True)
         check_number("seed", self.seed, 0, whole=True)
         for name in ("order", "sample", "neighbours"):
@@ -79,10 +80,20 @@ class RunSettings:
             raise ConfigError("protocol", self.protocol, " or ".join(get_args(Protocol)), "Leave it out for tokens.")
         if self.model is not None:
             check_text("model", self.model)
+        if self.guard is not None and not isinstance(self.guard, Guard):
+            raise ConfigError("guard", self.guard, "energy, retention, action", "Write guard: {energy: 0.05}.")
+        check_flag("share_targets", self.share_targets)
+        self._check_sharing()
         points = tuple(sorted({*self.checkpoints, self.edits}))
         check_schedule(self.edits, self.batch_size, points)
         object.__setattr__(self, "checkpoints", points)
         check_settings(self.settings, self.entries)
+
+    def _check_sharing(self) -> None:
+        hosted = [entry for entry in self.entries if split(entry)[0] in HOSTED]
+        if self.share_targets and hosted:
+            remedy = "Leave this entry out, or run without share_targets."
+            raise ConfigError("share_targets", hosted[0], "entries of this package's own editor", remedy)
 
     def for_entry(self, entry: str) -> Self:
         """The same for one of the entries."""
@@ -125,21 +136,36 @@ class RunSettings:
         for key in ("entries", "hparams", "edits"):
             if values.get(key) is None:
                 raise ConfigError("run", f"no {key}", f"a value for {key}", "docs/run.md has an example.")
-        if isinstance(values["entries"], str):
-            values["entries"] = parse(values["entries"])
-        values["entries"] = tuple(values["entries"])
+        values["entries"] = _entries(values["entries"])
         values["checkpoints"] = _numbers(values.get("checkpoints") or ())
         for key in ("hparams", "data", "text"):
-            if values.get(key) is not None:
-                values[key] = Path(values[key]).expanduser().resolve()
+            values[key] = _path(key, values.get(key))
+        if isinstance(values.get("model"), str) and Path(values["model"]).expanduser().is_dir():
+            values["model"] = str(Path(values["model"]).expanduser().resolve())
         if isinstance(values.get("guard"), Mapping):
             values["guard"] = Guard.from_mapping(values["guard"])
         return cls(**values)
 
 
+def _entries(given: Any) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return parse(given)
+    if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
+        raise ConfigError("entries", given, "names of entries", "Write entries: [memit, memit+sphere].")
+    return tuple(given)
+
+
+def _path(key: str, given: Any) -> Path | None:
+    if given is not None and not isinstance(given, str | Path):
+        raise ConfigError(key, given, "the path of a file", "Check it.")
+    return None if given is None else Path(given).expanduser().resolve()
+
+
 def _numbers(given: Any) -> tuple[int, ...]:
     parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
     try:
+        if any(isinstance(part, bool | float) for part in parts):
+            raise TypeError
         return tuple(int(part) for part in parts)
     except (TypeError, ValueError):
         raise ConfigError("checkpoints", given, "numbers with commas between them", "Write 100,500,1000.") from None

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from sphere_plugin.data import Record
 from sphere_plugin.editing.aim import Aimed
-from sphere_plugin.errors import ConfigError
 from sphere_plugin.files import read_tensors, write_tensors
-from sphere_plugin.sequence.entrant import Entrant, OwnEntrant
+from sphere_plugin.sequence.entrant import OwnEntrant
 from sphere_plugin.sequence.manifest import data_digest
 from sphere_plugin.sequence.settings import RunSettings
 
 NAME: Final = "targets.safetensors"
+_PARTS: Final = ("values", "losses", "steps")
 
 
 class Targets:
@@ -27,15 +29,10 @@ class Targets:
         folder: of the run.
         settings: of the run.
         entrant: with the unedited model.
-
-    Raises:
-        ConfigError: the entrant has no targets, being a method of EasyEdit.
+        records: the facts.
     """
 
-    def __init__(self, folder: Path, settings: RunSettings, entrant: Entrant) -> None:
-        if not isinstance(entrant, OwnEntrant):
-            remedy = "Leave this entry out, or run without share_targets."
-            raise ConfigError("share_targets", settings.entries[0], "an entry of this package's own editor", remedy)
+    def __init__(self, folder: Path, settings: RunSettings, entrant: OwnEntrant, records: Sequence[Record]) -> None:
         path = folder.parent / NAME
         about = {
             "data": data_digest(settings.data),
@@ -48,18 +45,11 @@ class Targets:
             if known == about:
                 self._all = Aimed(tensors["values"], tensors["losses"], tensors["steps"])
                 return
-        self._all = self._found(settings, entrant)
-        tensors = {name: getattr(self._all, name) for name in ("values", "losses", "steps")}
-        write_tensors(path, tensors, about)
-
-    @staticmethod
-    def _found(settings: RunSettings, entrant: OwnEntrant) -> Aimed:
-        from sphere_plugin.data import read_records
-
-        records = read_records(settings.data, settings.edits, settings.order)
         size = settings.batch_size
         parts = [entrant.aim(records[first : first + size]) for first in range(0, len(records), size)]
-        return Aimed(*(torch.cat([getattr(part, name) for part in parts]) for name in ("values", "losses", "steps")))
+        self._all = Aimed(*(torch.cat([getattr(part, name) for part in parts]) for name in _PARTS))
+        tensors = {name: getattr(self._all, name) for name in _PARTS}
+        write_tensors(path, tensors, about)
 
     def of(self, places: range) -> Aimed:
         """Those of the facts at ``places``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -9,14 +10,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from sphere_plugin.errors import SphereError
+
 LOG: Final = "run.log"
+
+
+class _Log(logging.FileHandler):
+    """A log whose disk may be full: what ends a run is told elsewhere as well."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 (the name is logging's)
+        """Leave the line out."""
+
+    def close(self) -> None:
+        """Close the file, whether or not all of it could be written."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 @contextmanager
 def logged(folder: Path) -> Iterator[None]:
     """Add what this package logs in the block to ``folder/run.log``, and what ends it."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8", delay=True)
+    handler = _Log(folder / LOG, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("sphere_plugin")
     level = log.level
@@ -25,7 +40,7 @@ def logged(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        log.error("ended by %s: %s", type(error).__name__, error)
+        log.error("ended by %s: %s", type(error).__name__, error, exc_info=not isinstance(error, SphereError))
         raise
     finally:
         log.setLevel(level)

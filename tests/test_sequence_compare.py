@@ -1,0 +1,185 @@
+"""Comparisons: every entry in its own process, an entry that fails, targets that are shared, and going on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+from pathlib import Path
+
+import pytest
+from pico_runs import (
+    COLLAPSING,
+    ROOT,
+    Server,
+    facts,
+    files,
+    mapping,
+    place,
+    prints,
+    scores,
+    settings,
+    write_yaml,
+)
+
+import sphere_plugin as sp
+from sphere_plugin.cli import main
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.files import read_json, read_tensors
+from sphere_plugin.report.read import read_runs
+from sphere_plugin.sequence import compare as comparing
+from sphere_plugin.sequence import runner
+from sphere_plugin.sequence.compare import Ended, compare
+from sphere_plugin.sequence.runner import resume, start
+from sphere_plugin.sequence.settings import RunSettings
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture(scope="module")
+def hparams(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return place(tmp_path_factory.mktemp("compare"))
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "CASE_TOKENS", 4)
+
+
+@forks
+def test_an_entry_that_fails_leaves_the_others_alone(hparams: Path, tmp_path: Path, sphere: Server) -> None:
+    told = mapping(hparams, "memit", settings={"rect": {"mom2_dataset": "nowhere/corpus.txt"}})
+    told["entries"] = ["memit", "rect", "memit+sphere"]
+    yaml, out = write_yaml(tmp_path / "run.yaml", told), tmp_path / "out"
+    code, said = sphere("run", yaml, "--compare", "memit,rect,memit+sphere", "--jobs", 2, "--out", out, cwd=tmp_path)
+    assert code == 1 and "Traceback" not in said
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    assert "MEMIT 12 edits" in lines and "MEMIT + SPHERE 12 edits" in lines
+    (failed,) = [line for line in lines if line.startswith("RECT 0 edits; ")]
+    assert "nowhere/corpus.txt" in failed
+    assert "ended by" in (out / "rect" / "run.log").read_text() and not (out / "rect" / "manifest.json").exists()
+    assert [run.entry for run in read_runs([out])] == ["memit", "memit+sphere"]
+    assert prints(out / "memit") != prints(out / "memit+sphere")
+    assert read_json(out / "comparison.json")["entries"] == ["memit", "rect", "memit+sphere"]
+
+    before = files(out)
+    start(settings(hparams, "memit"), tmp_path / "alone")
+    assert prints(out / "memit") == prints(tmp_path / "alone"), "the company makes no difference"
+    sp.undo(out / "memit", 4)
+    code, said = sphere("run", "--resume", out, cwd=tmp_path)
+    assert code == 1 and "corpus.txt" in said
+    after = files(out)
+    again = {name for name in after if name.startswith("memit/") and "/undone/" not in name}
+    assert all(after[name] == before[name] for name in before if name not in again)
+    assert prints(out / "memit") == prints(tmp_path / "alone") and scores(out / "memit") == scores(tmp_path / "alone")
+    assert sphere("run", yaml, "--out", out, cwd=tmp_path)[0] == 1, "a comparison is not begun twice"
+
+
+@forks
+def test_targets_are_shared_and_that_is_told(hparams: Path, tmp_path: Path, sphere: Server) -> None:
+    yaml, out = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit")), tmp_path / "out"
+    command = ("run", yaml, "--compare", "memit,memit+sphere", "--share-targets", "--jobs", 2, "--out", out)
+    code, said = sphere(*command, cwd=tmp_path)
+    assert code == 0, said
+    found = out / "targets.safetensors"
+    assert [read_json(out / entry / "manifest.json")["share_targets"] for entry in ("memit", "memit+sphere")] == [
+        True,
+        True,
+    ]
+    assert all(run.share_targets for run in read_runs([out]))
+    tensors, _ = read_tensors(found)
+    assert [len(tensors[name]) for name in ("values", "losses", "steps")] == [12] * 3
+    for entry in ("memit", "memit+sphere"):
+        records = [read_json(path) for path in sorted((out / entry / "journal").glob("0*.json"))]
+        assert [loss for record in records for loss in record["losses"]] == tensors["losses"].tolist()
+    start(settings(hparams, "memit"), tmp_path / "alone")
+    assert prints(tmp_path / "alone")[0] == prints(out / "memit")[0], "nothing is edited yet"
+    assert prints(tmp_path / "alone")[1:] != prints(out / "memit")[1:]
+
+    found_then, before = found.stat().st_mtime_ns, prints(out / "memit+sphere")
+    sp.undo(out / "memit+sphere", 4)
+    resume(out / "memit+sphere")
+    assert prints(out / "memit+sphere") == before and found.stat().st_mtime_ns == found_then
+    told = settings(hparams, "alphaedit", share_targets=True, sample=1)
+    start(told.for_entry("alphaedit"), out / "alphaedit")
+    assert found.stat().st_mtime_ns == found_then, "a later entry takes them as well"
+    found.unlink()
+    sp.undo(out / "memit", 4)
+    before = prints(out / "memit+sphere")
+    resume(out / "memit")
+    assert found.exists() and read_tensors(found)[0]["values"].equal(tensors["values"])
+
+
+@pytest.mark.parametrize("hosted", ["ft", "rome+sphere"])
+def test_targets_of_host_methods_cannot_be_shared(hosted: str, hparams: Path, tmp_path: Path, capsys) -> None:
+    yaml = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit"))
+    command = ["run", str(yaml), "--compare", f"memit,{hosted}", "--share-targets", "--out", str(tmp_path / "out")]
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert f"share_targets: got '{hosted}', expected entries of this package's own editor. Leave this entry" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_shared_targets_are_searched_for_alike(hparams: Path, tmp_path: Path) -> None:
+    told = settings(hparams, "memit,rect", share_targets=True, settings={"rect": {"v_lr": 0.1}})
+    with pytest.raises(ConfigError, match=r"v_lr of rect: got 0.1, expected 0.5, as all entries\. Give it to all"):
+        compare(told, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="--jobs: got 0"):
+        compare(settings(hparams, "memit,rect"), tmp_path / "out", jobs=0)
+
+
+@forks
+def test_a_guard_stops_its_own_entry(tmp_path: Path, sphere: Server) -> None:
+    hparams, data = place(tmp_path / "place"), facts(tmp_path / "facts.json")
+    told = mapping(hparams, "memit", data=str(data), order=None, edits=6, checkpoints=[], guard={"energy": 0.3})
+    told["entries"], told["settings"] = ["memit", "rect"], {"memit": COLLAPSING}
+    yaml, out = write_yaml(tmp_path / "run.yaml", told), tmp_path / "out"
+    for arguments in ((yaml, "--out", out, "--jobs", 2), ("--resume", out)):
+        code, said = sphere("run", *arguments, cwd=tmp_path)
+        lines = [" ".join(line.split()) for line in said.splitlines()]
+        assert code == 1 and "RECT 6 edits" in lines, said
+        (stopped,) = [line for line in lines if line.startswith("MEMIT 2 edits; the energy of ")]
+        assert "more than 30.00%" in stopped
+    code, said = sphere("run", "--resume", out, "--without-guard", cwd=tmp_path)
+    assert code == 0 and "MEMIT                             6 edits\n" in said, said
+
+
+def _kills_itself(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
+    if settings.entries[0] == "memit":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Ended(settings.entries[0], 12)
+
+
+@forks
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_process_that_is_killed_ends_its_own_entry(jobs: int, hparams: Path, tmp_path: Path, monkeypatch) -> None:
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(comparing, "_work", _kills_itself)
+    seen: list[int] = []
+    ended = compare(settings(hparams, "memit,rect,prune"), tmp_path, jobs, seen.append)
+    assert [(one.entry, one.edits) for one in ended] == [("memit", 0), ("rect", 12), ("prune", 12)]
+    assert ended[0].failed == "its process ended with code -9 (killed, for want of memory most likely)"
+    assert ended[1].failed is ended[1].stopped is None and seen
+
+
+def test_what_is_sent_to_a_process_can_be_sent(hparams: Path) -> None:
+    told = settings(hparams, "memit", guard={"energy": 0.1}, settings={"all": {"v_lr": 1.0}})
+    assert pickle.loads(pickle.dumps((comparing._work, told))) == (comparing._work, told)  # noqa: S301
+
+
+@pytest.mark.slow
+def test_processes_that_start_from_nothing(hparams: Path, tmp_path: Path) -> None:
+    ended = compare(settings(hparams, "memit,alphaedit+sphere", edits=4, checkpoints=[]), tmp_path, jobs=2)
+    assert ended == [Ended("memit", 4), Ended("alphaedit+sphere", 4)]
+    assert "wrote 2 facts" in (tmp_path / "memit" / "run.log").read_text()
+
+
+def test_the_docs_name_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    docs = (ROOT / "docs" / "run.md").read_text()
+    flags = {word.strip("[],:") for word in capsys.readouterr().out.split() if word.strip("[").startswith("--")}
+    assert [flag for flag in sorted(flags - {"--help"}) if flag not in docs] == []

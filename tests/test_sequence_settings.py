@@ -1,0 +1,231 @@
+"""Entries, their settings, presets, --set and --plan."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pico_runs import ROOT, mapping, place, settings, write_yaml
+
+from sphere_plugin.cli import _parser, main
+from sphere_plugin.errors import ConfigError
+from sphere_plugin.restraints import PruneConfig, RectConfig
+from sphere_plugin.sequence import command, plan, presets, runner, targets
+from sphere_plugin.sequence.entries import ALL, hparams_of, label, parse, settings_of, split
+from sphere_plugin.sequence.settings import RunSettings
+
+SMOL = ROOT / "hparams" / "SPHERE" / "smollm2-135m.yaml"
+
+
+@pytest.fixture(scope="module")
+def hparams(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return place(tmp_path_factory.mktemp("settings"))
+
+
+def given(*argv: object) -> RunSettings:
+    """The settings that a command makes."""
+    return command.settings_of(_parser().parse_args(["run", *map(str, argv)]))
+
+
+# ---- entries ----
+
+
+def test_twelve_entries_and_their_names() -> None:
+    assert len(ALL) == 12 and parse("all") == ALL
+    assert parse(" memit , memit+sphere") == ("memit", "memit+sphere")
+    assert [label(name) for name in ("memit", "alphaedit+sphere", "ft+sphere", "rect+shrunk", "prune+random")] == [
+        "MEMIT",
+        "AlphaEdit + SPHERE",
+        "FT + SPHERE",
+        "RECT + SPHERE's length",
+        "PRUNE + random subspace",
+    ]
+    assert split("memit") == ("memit", None) and split("rome+sphere") == ("rome", "sphere")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "MEMIT", "memit+", "memit+rect", "ft+shrunk", "rome+random", "sphere", "+sphere"]
+)
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="expected one of memit, alphaedit, rect, prune, ft, rome, alone or with"):
+        split(name)
+
+
+def test_what_an_entry_means_for_the_own_editor() -> None:
+    def values(name: str, **changes: Any) -> Any:
+        return hparams_of(name, SMOL, None, changes)
+
+    assert (values("memit").base_method, values("memit").alpha) == ("MEMIT", 0.0)
+    assert (values("memit+sphere").base_method, values("memit+sphere").alpha) == ("MEMIT", 0.8)
+    assert (values("alphaedit").alpha, values("alphaedit+sphere").alpha) == (0.0, 0.5)
+    rect, prune = values("rect"), values("prune+sphere")
+    assert (rect.alg_name, rect.rect, rect.prune, rect.alpha, rect.projection) == (
+        "RECT",
+        RectConfig(),
+        None,
+        0.0,
+        "post",
+    )
+    assert (prune.alg_name, prune.prune, prune.rect, prune.alpha) == ("PRUNE", PruneConfig(), None, 0.8)
+    assert values("memit+random").control == "random" and values("rect+shrunk").control == "shrunk"
+    assert values("memit+sphere").control is None
+    assert values("memit+sphere", alpha=0.3).alpha == 0.3 and values("memit", alpha=0.3).alpha == 0.0
+    assert values("memit", v_lr="5e-1").v_lr == 0.5, "YAML takes 5e-1 for text"
+    assert values("rect", rect={"keep": 0.2}).rect == RectConfig(keep=0.2)
+    assert values("rect", projection="in_loop").projection == "in_loop"
+    assert hparams_of("memit", SMOL, "another/model", {}).model_name == "another/model"
+
+
+def test_what_an_entry_means_for_easyedit(tmp_path: Path) -> None:
+    ft = hparams_of("ft", SMOL, None, {"lr": "1e-3", "num_steps": 7})
+    assert (ft.alg_name, ft.lr, ft.num_steps, ft.sphere) == ("FT", 1e-3, 7, False)
+    assert hparams_of("ft+sphere", SMOL, None, {}).sphere is True
+    assert hparams_of("rome", SMOL, "a/model", {}).model_name == "a/model"
+    with pytest.raises(ConfigError, match="settings: got 'v_lr', expected a key of .*FT/smollm2-135m.yaml"):
+        hparams_of("ft", SMOL, None, {"v_lr": 1})
+    here = place(tmp_path)
+    path = here.parents[1] / "ROME" / here.name
+    path.write_text(path.read_text() + "sphere: {alpha: 0.3}\n")
+    assert hparams_of("rome+sphere", here, None, {}).sphere == {"alpha": 0.3}
+    assert hparams_of("rome", here, None, {}).sphere is False, "the entry's name decides"
+
+
+def test_the_nearest_setting_wins() -> None:
+    told = {"all": {"v_lr": 1, "L2": 1}, "memit": {"v_lr": 2}, "memit+sphere": {"v_lr": 3}}
+    assert settings_of("memit+sphere", told) == {"v_lr": 3, "L2": 1}
+    assert settings_of("memit", told) == settings_of("memit+random", told) == {"v_lr": 2, "L2": 1}
+    assert settings_of("rect", told) == {"v_lr": 1, "L2": 1}
+
+
+@pytest.mark.parametrize("key", ["alg_name", "base_method", "control", "batch_size", "model_name"])
+def test_what_the_entry_or_the_run_decides_is_not_set(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"settings of memit: got '{key}', expected a key of the method"):
+        hparams_of("memit", SMOL, None, {key: "x"})
+
+
+# ---- settings ----
+
+
+def test_settings_come_back_from_a_manifest(hparams: Path) -> None:
+    more = {"guard": {"energy": 0.1}, "settings": {"memit": {"v_lr": 1.0}}, "data": "facts.json", "preset": "x"}
+    told = settings(hparams, "memit,memit+sphere,rect", **more)
+    assert RunSettings.from_mapping(told.plain()) == told
+    assert told.checkpoints == (4, 8, 12) and told.data == Path("facts.json").resolve()
+    assert told.for_entry("memit+sphere").settings == {"memit": {"v_lr": 1.0}}
+    assert told.for_entry("rect").settings == {} and told.for_entry("rect").entries == ("rect",)
+
+
+def test_flags_win_over_the_yaml(hparams: Path, tmp_path: Path) -> None:
+    path = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit", settings={"all": {"v_lr": 1.0}}))
+    told = given(path, "--edits", 20, "--checkpoints", "10,4", "--entry", "rect", "--order", 7, "--seed", 3)
+    assert (told.entries, told.edits, told.checkpoints, told.order, told.seed) == (("rect",), 20, (4, 10, 20), 7, 3)
+    told = given(
+        path, "--set", "v_lr=2e-1", "--set", "memit.L2=5", "--set", "all.layers=[1, 3]", "--protocol", "exact"
+    )
+    assert told.settings == {"all": {"v_lr": "2e-1", "layers": [1, 3]}, "memit": {"L2": 5}}
+    assert hparams_of("memit", hparams, None, settings_of("memit", told.settings)).v_lr == 0.2
+    assert told.protocol == "exact" and not told.share_targets
+    told = given(path, "--compare", "memit,memit+sphere", "--set", "memit+sphere.eta=0.3", "--share-targets")
+    assert told.settings["memit+sphere"] == {"eta": 0.3} and told.share_targets
+    for wrong in ("v_lr", "=1", "memit.=1"):
+        with pytest.raises(ConfigError, match=r"--set: got .*expected KEY=VALUE or ENTRY.KEY=VALUE"):
+            given(path, "--set", wrong)
+
+
+def test_a_model_is_a_yaml_beside_or_any_model(hparams: Path, tmp_path: Path) -> None:
+    path = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit"))
+    other = hparams.with_name("other.yaml")
+    other.write_text(hparams.read_text())
+    assert (given(path, "--model", "other").hparams, given(path, "--model", "other").model) == (other, None)
+    told = given(path, "--model", "some/model")
+    assert (told.hparams, told.model) == (hparams, "some/model")
+    assert given(path, "--model", tmp_path).model == str(tmp_path)
+
+
+# ---- presets ----
+
+
+def test_every_preset_loads_and_its_entries_have_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert set(presets.names()) == {
+        "figure2-llama3-8b",
+        "figure7-llama3-8b",
+        "table1-llama3-8b",
+        "table1-qwen2.5-7b",
+    }
+    for name in presets.names():
+        told = given("--preset", name)
+        assert told.preset == name and told.batch_size == 100 and told.neighbours is None
+        for entry in told.entries:
+            values = hparams_of(entry, told.hparams, told.model, settings_of(entry, told.settings))
+            assert values.layers == [4, 5, 6, 7, 8] or entry.startswith("ft")
+        docs = (ROOT / "docs" / "run.md").read_text()
+        assert f"`{name}`" in docs
+
+
+def test_a_preset_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    told = given("--preset", "table1-llama3-8b", "--model", "smollm2-135m", "--scale", 0.05)
+    assert told.hparams == SMOL and told.model is None
+    assert (told.batch_size, told.edits) == (20, 760) and told.checkpoints == (60, 100, 160, 200, 260, 500, 760)
+    assert told.entries == ("ft", "memit", "prune", "rect", "alphaedit", "alphaedit+sphere")
+    told = given("--preset", "table1-llama3-8b", "--model", "smollm2-135m", "--scale", 0.0001, "--entry", "memit")
+    assert (told.edits, told.checkpoints, told.entries) == (20, (20,), ("memit",))
+    whole = given("--preset", "table1-llama3-8b", "--scale", 1)
+    assert (whole.edits, whole.batch_size) == (15000, 100)
+    for scale in (0, -1, 1.5):
+        with pytest.raises(ConfigError, match="--scale"):
+            given("--preset", "table1-llama3-8b", "--scale", scale)
+    with pytest.raises(ConfigError, match="--preset: got 'table2', expected one of figure2-llama3-8b"):
+        given("--preset", "table2")
+
+
+# ---- plan ----
+
+
+@pytest.mark.parametrize("entry", ["alphaedit+sphere", "ft"])
+def test_a_plan_starts_nothing(entry: str, hparams: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("SPHERE_PLUGIN_CACHE", str(tmp_path / "cache"))
+    path = write_yaml(tmp_path / "run.yaml", mapping(hparams, entry, fluency=12))
+    shares = ["--share-targets"] if entry != "ft" else []
+    monkeypatch.setattr(targets, "Targets", lambda *_: pytest.fail("targets were searched for"))
+    monkeypatch.setattr(runner, "Targets", lambda *_: pytest.fail("targets were searched for"))
+    assert main(["run", str(path), "--plan", *shares]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{label(entry)}: ") and "of editing and" in said and "(from 2 facts;" in said
+    assert not list((tmp_path / "here").iterdir()) and not list((tmp_path / "temporary").iterdir())
+    kept = {one.name for one in (tmp_path / "cache").iterdir()} if (tmp_path / "cache").exists() else set()
+    assert kept == ({"statistics"} if entry != "ft" else set())
+
+
+def test_a_plan_leaves_the_weights_and_counts_what_is_asked(hparams: Path, monkeypatch) -> None:
+    kept: list[Any] = []
+    begin = runner.Run.__init__
+    monkeypatch.setattr(runner.Run, "__init__", lambda self, *more: begin(self, *more) or kept.append(self))
+    small = plan.plan(settings(hparams, "memit", checkpoints=[]))
+    run = kept[0]
+    assert all(torch.equal(one, run.entrant.editor.pretrained.tensors[name]) for name, one in run.weights.items())
+    weights = sum(one.numel() * one.element_size() for one in run.weights.values())
+    assert weights < small.disk < 3 * weights and small.memory > 1e8 and small.facts == 2
+    assert small.editing > 0 and small.scoring > 0
+    text = plan.Plan(30.0, 600.0, 5_000_000, 2_500_000_000, 10).sentence("MEMIT")
+    assert text.startswith(
+        "MEMIT: 30 s of editing and 10 min of scoring, 5 MB of disk, 2.5 GB of memory (from 10 facts"
+    )
+    assert "3.0 h" in plan.Plan(10800.0, 0.0, 0, 0, 1).sentence("")
+
+
+def test_the_example_in_the_docs_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    block = (ROOT / "docs" / "run.md").read_text().split("```yaml\n", 1)[1].split("```", 1)[0]
+    told = RunSettings.from_mapping(yaml.safe_load(block))
+    runner.check(told)
+    assert len(told.entries) > 1 and told.guard is not None
