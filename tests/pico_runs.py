@@ -47,7 +47,7 @@ def place(folder: Path, **changes: Any) -> Path:
 def wide_model(folder: Path) -> Path:
     """A model of two layers whose principal spaces are followed: 768 neurons."""
     tokenizer = pico_tokenizer(bos=True)
-    sizes = {"hidden_size": 768, "intermediate_size": 800, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"hidden_size": 768, "intermediate_size": 800, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"max_position_embeddings": 256}
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     with torch.random.fork_rng(devices=[]):

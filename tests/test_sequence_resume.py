@@ -57,6 +57,11 @@ def assert_same(one: Path, other: Path) -> None:
     assert scores(one) == scores(other)
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Ours; libraries warn as well."""
+    return [one.getMessage() for one in caplog.records if one.name == "sphere_plugin" and one.levelno >= 30]
+
+
 # ---- killed ----
 
 
@@ -105,7 +110,7 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "CASE_TOKENS", 4)
 
 
-@pytest.mark.parametrize("entry", ["memit+random", "rect", "ft", "ft+sphere", "rome", "rome+sphere"])
+@pytest.mark.parametrize("entry", ["memit+random", "rect", "ft+sphere", "rome"])
 def test_a_stopped_run_of_any_entry_goes_on_as_it_would_have(entry: str, hparams: Path, tmp_path: Path) -> None:
     told = settings(hparams, entry, checkpoints=[], edits=6, sample=2)
     start(told, tmp_path / "whole")
@@ -133,11 +138,11 @@ def test_followed_spaces_are_kept(wide: bool, tmp_path: Path, caplog, monkeypatc
     folder, changes = tmp_path / "place", {}
     if wide:
         changes = {"model_name": str(wide_model(folder / "wide-llama")), "layers": [0], "v_num_grad_steps": 2}
-        changes |= {"context_template_length_params": [], "mom2_n_samples": 2}
+        changes["context_template_length_params"] = []
     else:
         monkeypatch.setattr("sphere_plugin.geometry.tracked.SMALLEST", 8)
     entry = "memit+sphere" if wide else "alphaedit+sphere"
-    told = settings(place(folder, **changes), entry, checkpoints=[], edits=6, sample=1)
+    told = settings(place(folder, **changes), entry, checkpoints=[], edits=6, sample=1, neighbours=1)
     start(told, tmp_path / "whole")
     kept, _ = read_tensors(tmp_path / "whole" / "memory" / "000003.safetensors")
     assert {name.rpartition("/")[2] for name in kept} >= {"gram", "vectors", "values", "counts", "left", "image"}
@@ -145,7 +150,7 @@ def test_followed_spaces_are_kept(wide: bool, tmp_path: Path, caplog, monkeypatc
     assert [path.name for path in (tmp_path / "whole" / "memory").iterdir()] == ["000003.safetensors"]
     with caplog.at_level(logging.WARNING, "sphere_plugin"):
         stopped_and_resumed(told, tmp_path / "stopped", 2)
-    assert not caplog.records
+    assert not warnings(caplog)
     assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -162,7 +167,7 @@ def test_after_undoing_followed_spaces_are_found_anew_and_that_is_told(tmp_path:
     caplog.clear()
     sp.undo(tmp_path / "run", 0)
     runner.resume(tmp_path / "run")
-    assert prints(tmp_path / "run") == before and not caplog.records
+    assert prints(tmp_path / "run") == before and not warnings(caplog)
 
 
 def test_an_undone_run_without_followed_spaces_repeats_itself(hparams: Path, tmp_path: Path, caplog) -> None:
@@ -172,7 +177,7 @@ def test_an_undone_run_without_followed_spaces_repeats_itself(hparams: Path, tmp
         sp.undo(tmp_path, to)
         runner.resume(tmp_path)
         assert prints(tmp_path) == before and scores(tmp_path) == told
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not warnings(caplog)
 
 
 # ---- two editors ----
