@@ -51,6 +51,16 @@ def test_rome_with_sphere() -> None:
 
 
 @pytest.mark.keeps_cache
+def test_edits_are_undone() -> None:
+    lines = re.findall(r"^(unedited|two edits|one edit|none): (.*); (.*)$", run("examples/undo.py"), re.MULTILINE)
+    australia, france = ({moment: said[which] for moment, *said in lines} for which in (0, 1))
+    assert len(lines) == 4
+    assert australia["none"] == australia["unedited"] and france["none"] == france["unedited"]
+    assert "Vienna" in australia["one edit"] and "Vienna" not in australia["none"]
+    assert france["two edits"] != france["one edit"]
+
+
+@pytest.mark.keeps_cache
 def test_a_yaml_alone() -> None:
     said = run("-m", "sphere_plugin", "launch", "examples/yaml_only.py")
     assert "The capital of Australia is Vienna" in said
