@@ -114,6 +114,7 @@ def measured(way: str, shape: tuple[int, int], allocator: str) -> tuple[float, f
     """MiB and seconds, of a process of its own."""
     environment = dict(os.environ)
     if allocator == "pages":
+        environment = {name: value for name, value in environment.items() if not name.startswith("MALLOC_")}
         environment["MALLOC_MMAP_THRESHOLD_"] = str(64 * 1024)
     command = [sys.executable, __file__, "--child", way, "--shapes", "x".join(map(str, shape))]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

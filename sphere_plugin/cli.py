@@ -18,9 +18,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. A SphereError becomes one sentence on stderr."""
     arguments = _parser().parse_args(argv)
-    told = logging.StreamHandler()
-    told.setLevel(logging.WARNING)  # what is logged below that goes to the logs of runs
-    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[told])
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return int(arguments.run(arguments))
     except SphereError as error:
@@ -158,6 +156,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from sphere_plugin.sequence.command import run
 
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.WARNING)  # what is logged below that goes to the log of the run
     code, lines = run(arguments)
     print("\n".join(lines))
     return code
