@@ -1,6 +1,7 @@
 """Aiming and scoring, against EasyEdit's own code on the same model, facts and settings.
 
     python benchmarks/editing.py [--facts 50] [--sample 8] [--layers 12,13,14,15,16] [--stage aiming] [--json FILE]
+    python benchmarks/editing.py --profile: where the time of a batch of ours goes; no opponent
 
 The limit of a stage is the number of operations in the products that ours does, counted by torch, at the speed of a
 plain product of the same run: what is above it goes into memory traffic, small products, and all that is no product.
@@ -29,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import sphere_plugin as sp
@@ -139,6 +141,25 @@ def scoring(editor: sp.Editor, records: Sequence[Record], sample: int) -> dict[s
     }
 
 
+def profiled(editor: sp.Editor, records: Sequence[Record]) -> None:
+    """Print how long aiming and the rest of a batch take, and aiming's operations and their shares of its time."""
+    requests = requests_of(records)
+    editor.prepare()
+    seconds, aimed = timed(lambda: editor.aim(requests))
+    rest, _ = timed(lambda: editor.apply(requests, aimed))
+    editor.restore()
+    print(f"a batch of {len(records)}: aiming {seconds:.1f} s, all else {rest:.1f} s")
+    with FlopCounterMode(display=False) as counter:
+        editor.aim(requests)
+    print(f"products in aiming: {counter.get_total_flops() / 1e9:.0f} GFLOP")
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        editor.aim(requests)
+    found = sorted(seen.key_averages(), key=lambda one: -one.self_cpu_time_total)
+    whole = sum(one.self_cpu_time_total for one in found)
+    for one in found[:12]:
+        print(f"{one.self_cpu_time_total / whole:6.1%}  {one.key}")
+
+
 def main() -> None:
     """Print a table, and write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -147,12 +168,16 @@ def main() -> None:
     parser.add_argument("--layers", default="12,13,14,15,16")
     parser.add_argument("--stage", choices=("aiming", "scoring"), action="append")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     host = load_host()
     config = sp.SphereHyperParams.from_hparams(YAML).editing()
     config.layers = [int(layer) for layer in arguments.layers.split(",")]
     records = read_records(limit=arguments.facts)
     editor = sp.Editor(*sp.load_model("smollm2-135m"), config)
+    if arguments.profile:
+        profiled(editor, records)
+        return
     stages = {"aiming": aiming, "scoring": scoring}
     rows = [stages[name](editor, records, arguments.sample) for name in arguments.stage or stages]
     machine = {

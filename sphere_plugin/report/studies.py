@@ -44,7 +44,7 @@ class Entry:
     @property
     def sphere(self) -> bool:
         """Whether SPHERE is in it."""
-        return SPHERE in self.name.lower().split("+")
+        return SPHERE in self.name.split("+")
 
     @property
     def control(self) -> bool:
