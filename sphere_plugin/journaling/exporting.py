@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, cast, get_args
+from typing import Any, Final, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sphere_plugin.errors import CacheError, ConfigError, ModelError
-from sphere_plugin.files import atomic_folder, read_json, write_bytes, write_json
+from sphere_plugin.errors import ConfigError, ModelError
+from sphere_plugin.files import atomic_folder, write_bytes, write_json
 from sphere_plugin.geometry.neurons import neurons
 from sphere_plugin.journaling.batch import same_bits
 from sphere_plugin.journaling.card import card, facts_of
 from sphere_plugin.journaling.delta import write_delta
 from sphere_plugin.journaling.lowrank import cut
+from sphere_plugin.journaling.revisit import opened, put, unedited
 from sphere_plugin.journaling.store import Journal
-from sphere_plugin.models import load_model
 from sphere_plugin.peft import refuse_existing, save_lora
 
 Format = Literal["hf", "delta", "adapter"]
@@ -77,18 +76,15 @@ def export(
         ModelError: the model is not the one that was edited.
         HostError: an adapter without PEFT.
     """
-    journal = Journal.open(folder / "journal")
-    manifest = read_json(folder / "manifest.json")
-    known = _of(manifest, folder)
-    if known.get("weights") != journal.fingerprint(0):
-        remedy = "The two are not of one run: put the right manifest.json back."
-        raise CacheError(str(folder / "manifest.json"), known.get("weights"), "the weights of the journal", remedy)
+    journal, manifest = opened(folder)
     if model is not None:
-        manifest = {**manifest, "model": {**known, "name": model}}
+        manifest = {**manifest, "model": {**manifest["model"], "name": model}}
     number = len(journal) if at is None else journal.batch_at(at)
 
     def source(weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
-        return _edited_model(_of(manifest, folder), journal, weights)
+        model, tokenizer = unedited(manifest["model"], journal)
+        put(dict(model.named_parameters()), weights)
+        return model, tokenizer
 
     return export_batches(journal, number, manifest, out, format, rank, source)
 
@@ -147,29 +143,3 @@ def _adapter(
     low = cut(updates(), rank)
     save_lora(folder, low.factors, bool(journal.transposed), base)
     return Exported(out, "adapter", edits, low.rank, low.errors)
-
-
-def _edited_model(known: Mapping[str, Any], journal: Journal, weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    name = known.get("name")
-    if not name:
-        raise ConfigError("model", name, "the unedited model's name or folder", "The run has none: give it.")
-    dtype = getattr(torch, str(known.get("dtype")).removeprefix("torch."), None)
-    model, tokenizer = load_model(name, dtype if isinstance(dtype, torch.dtype) else torch.float32)
-    parameters = dict(cast(nn.Module, model).named_parameters())
-    missing = [one for one in journal.names if one not in parameters]
-    if missing or journal.fingerprint_of(parameters) != journal.fingerprint(0):
-        got = f"no {missing[0]}" if missing else f"weights of fingerprint {journal.fingerprint_of(parameters)}"
-        remedy = "Name the model that was edited, in the version that was edited."
-        raise ModelError(f"the model {name}", got, f"weights of fingerprint {journal.fingerprint(0)}", remedy)
-    with torch.no_grad():
-        for one, weight in weights.items():
-            parameters[one].copy_(weight)
-    return model, tokenizer
-
-
-def _of(manifest: Any, folder: Path) -> Mapping[str, Any]:
-    known = manifest.get("model") if isinstance(manifest, Mapping) else None
-    if not isinstance(known, Mapping):
-        remedy = "Put a copy of the file back."
-        raise CacheError(str(folder / "manifest.json"), known, "what model the run edited", remedy)
-    return known
