@@ -101,6 +101,7 @@ def _add_report(commands: Commands) -> None:
     report.add_argument("--at", metavar="N", type=int, help="compare after N edits (default: the last all runs have)")
     report.add_argument("--layer", type=int, help="whose neurons to show (default: the last edited one)")
     report.add_argument("--neurons", metavar="N", type=int, default=1000, help="show N at most (default: 1000)")
+    report.add_argument("--no-texts", action="store_true", help="without what the models write: it holds the data")
 
 
 def _add_run(commands: Commands) -> None:
@@ -222,7 +223,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     folders = [folder.expanduser() for folder in arguments.folders]
     out = folders[0] / "report" if arguments.out is None else arguments.out.expanduser()
-    options = Options(arguments.at, arguments.layer, arguments.neurons)
+    options = Options(arguments.at, arguments.layer, arguments.neurons, not arguments.no_texts)
     print(write_report(folders, out, options, Bars()))
     return 0
 

@@ -50,7 +50,7 @@ def test_every_section_and_file_is_there(out, text):
     names = {path.name for path in out.iterdir()}
     figures = ("curves", "scatter", "bars", "cosines", "tsne", "batches")
     assert {f"study1-{name}.{kind}" for name in figures for kind in ("png", "pdf")} <= names
-    tables = ("table", "curves", "spearman", "regression", "bars", "paired", "batches")
+    tables = ("table", "curves", "spearman", "regression", "bars", "paired", "batches", "scores")
     assert {f"study1-{name}.csv" for name in tables} <= names
     assert {"report.json", "study1-table.tex", "study2-table.tex"} <= names
 
@@ -177,6 +177,30 @@ def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jinja2" else object())
     with pytest.raises(HostError, match=r"no jinja2.*sphere-plugin\[report\]"):
         page.check_libraries()
+
+
+def test_without_texts_nothing_of_the_data_is_told_and_no_folder(tmp_path):
+    case = {"prompt": "The tower is in", "subject": "tower", "target_new": "Rome", "text": "The tower is in Paris"}
+    told = manifest("memit", settings={"data": "/home/somebody/facts.json", "guard": None, "layers": [3]})
+    write_run(tmp_path / "run", told, [checkpoint(10, {"efficacy_exact": [1.0, 0.0]}, cases=[case])])
+    with_texts = write_report([tmp_path / "run"], tmp_path / "with").read_text()
+    without = write_report([tmp_path / "run"], tmp_path / "without", Options(texts=False)).read_text()
+    assert "The tower is in" in with_texts and "study1-cases" in with_texts
+    assert "The tower" not in without and "study1-cases" not in without
+    for text in (with_texts, without):
+        assert "somebody" not in text and "&#34;data&#34;: &#34;facts.json&#34;" in text
+    for path in (tmp_path / "without").iterdir():
+        assert b"The tower" not in path.read_bytes() and b"somebody" not in path.read_bytes()
+
+
+def test_the_scores_of_every_scored_edit_are_told(out):
+    lines = (out / "study1-scores.csv").read_text().splitlines()
+    assert lines[0].startswith("entry,order,edits,position,record,efficacy,")
+    table = {one["entry"]: one for one in json.loads((out / "report.json").read_text())["studies"][0]["table"]}
+    scores = [float(line.split(",")[5]) for line in lines[1:] if line.startswith("memit,") and line.split(",")[5]]
+    value = table["memit"]["values"]["efficacy"]
+    assert len(scores) == value["n"] * len(value["each_order"] or [0])
+    assert sum(scores) / len(scores) == pytest.approx(value["mean"])
 
 
 def test_options_are_checked():

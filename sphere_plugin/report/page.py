@@ -31,11 +31,13 @@ class Options:
         at: after how many edits the table compares; None: the last moment that all entries have.
         layer: whose neurons are shown; None: the last edited one.
         neurons: how many of them at most.
+        texts: whether what the models write is shown, which holds prompts of the data.
     """
 
     at: int | None = None
     layer: int | None = None
     neurons: int = neurons.MOST
+    texts: bool = True
 
     def __post_init__(self) -> None:
         if self.neurons < 2:
@@ -50,6 +52,7 @@ class Chapter:
     plates: Mapping[str, Plate]
     grids: Mapping[str, Grid]
     tests: Sequence[paired.Comparison]
+    texts: bool
 
 
 def write_report(
@@ -117,7 +120,7 @@ def chapter(study: Study, options: Options, tell: Callable[[str, int, int], None
         "bars": bars.grid(study),
         "paired": paired.grid(study, tests),
     }
-    return Chapter(study, plates, grids, tests)
+    return Chapter(study, plates, grids, tests, options.texts)
 
 
 def numbers(studies: Iterable[Study]) -> dict[str, Any]:
@@ -182,15 +185,25 @@ def _context(one: Chapter, charts: Callable[[Plate], Any]) -> dict[str, Any]:
         "grids": one.grids,
         "gains": bars.gains(study),
         "certain": {(test.entry.slot, test.base.slot, test.metric.name) for test in one.tests if test.clear},
-        "cases": cases.cases(study),
+        "texts": one.texts,
+        "cases": cases.cases(study) if one.texts else [],
         "published": block,
         "source": published.SOURCE,
         "manifests": [
-            (entry, run, json.dumps(run.manifest, indent=2, ensure_ascii=False))
+            (entry, run, json.dumps(without_folders(run.manifest), indent=2, ensure_ascii=False))
             for entry in study.entries
             for run in entry.runs
         ],
     }
+
+
+def without_folders(value: Any) -> Any:
+    """Returns JSON with only the last part of every absolute path in it: where files lay is nobody else's business."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_folders(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _write_files(one: Chapter, out: Path, tell: Callable[[str, int, int], None]) -> None:
@@ -206,3 +219,4 @@ def _write_files(one: Chapter, out: Path, tell: Callable[[str, int, int], None])
     write_bytes(out / f"{study.key}-table.csv", comparison.table_csv(study).encode())
     write_bytes(out / f"{study.key}-table.tex", comparison.table_latex(study).encode())
     write_bytes(out / f"{study.key}-batches.csv", diagnostics.batches_csv(study).encode())
+    write_bytes(out / f"{study.key}-scores.csv", paired.scores_csv(study).encode())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Final
 
-from sphere_plugin.report.grid import Field, Grid, Line
+from sphere_plugin.report.grid import Field, Grid, Line, csv_text
 from sphere_plugin.report.numbers import METRICS, Metric, scores_of, shown, written_p
 from sphere_plugin.report.read import Checkpoint, Run
 from sphere_plugin.report.studies import Entry, Study
@@ -163,6 +163,21 @@ def grid(study: Study, found: Sequence[Comparison]) -> Grid:
         f"Interval: percentile bootstrap over records, {RESAMPLES} samples. Of several orders, a record's mean."
     )
     return Grid(f"{study.key}-paired", "Paired tests", (*heads, "p", "p (Holm)"), tuple(lines), note)
+
+
+def scores_csv(study: Study) -> str:
+    """Returns the scores that are compared, unrounded: one line for each scored edit of each run at the moment."""
+    metrics = [metric for metric in METRICS if metric.per_edit and study.has(metric)]
+    heads = ("entry", "order", "edits", "position", "record", *(metric.name for metric in metrics))
+    rows = []
+    for entry in study.entries:
+        for run, checkpoint in entry.checkpoints(study.moment) if study.moment is not None else ():
+            scores = [scores_of(run, checkpoint, metric) for metric in metrics]
+            records = [record for batch in run.batches for record in batch.records] if _can_name(run) else None
+            for place in checkpoint.scored:
+                told = (place, None if records is None else records[place], *(one.get(place) for one in scores))
+                rows.append((entry.name, run.order, checkpoint.edits, *told))
+    return csv_text(heads, rows)
 
 
 def _fields(one: Comparison) -> list[Field]:
