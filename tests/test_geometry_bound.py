@@ -16,6 +16,7 @@ from sphere_plugin.geometry import (
     neuron_constants,
     output_perturbation,
 )
+from sphere_plugin.geometry.bound import bound_terms, step_factor
 
 FEW = settings(deadline=None, max_examples=15, derandomize=True)
 
@@ -102,6 +103,125 @@ def test_projection_lowers_what_the_theorem_bounds(weight):
     constants = neuron_constants(weight, 1.0)
     assert output_perturbation(projected) < output_perturbation(delta)
     assert float(constants @ projected.norm(dim=1)) <= float(constants @ delta.norm(dim=1))
+
+
+# ---- both sides of one update ----
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 99])
+def test_terms_are_those_of_the_functions_alone(weight, chunk):
+    after = weight + 0.2 * normal(14, 6, seed=1)
+    terms = bound_terms(weight, after, chunk)
+    assert terms.change == pytest.approx(delta_he(weight, after), rel=1e-12)
+    assert terms.constant == pytest.approx(bound_constant(weight), rel=1e-12)
+    assert terms.perturbation == pytest.approx(output_perturbation(after - weight), rel=1e-12)
+    assert terms.moved == pytest.approx(float(neuron_constants(weight, 2) @ (after - weight).norm(dim=1)), rel=1e-12)
+    assert terms.ratio == pytest.approx(lower_bound(weight, after) / terms.perturbation, rel=1e-12)
+    assert terms.neuron_ratio == pytest.approx(abs(terms.change) / 2 / terms.moved, rel=1e-12)
+
+
+def test_steps_are_the_plain_loop_and_the_gradient(weight):
+    delta = 0.2 * normal(14, 6, seed=1)
+    terms = bound_terms(weight, weight + delta)
+    pairs = [(i, j) for i in range(14) for j in range(14) if i != j]
+    steps = [float((delta[i] - delta[j]).norm() / (weight[i] - weight[j]).norm()) for i, j in pairs]
+    assert terms.largest_step == pytest.approx(max(steps), rel=1e-9)
+    rows = weight.clone().requires_grad_()
+    (2 * -(torch.pdist(rows) ** -2).sum()).backward()  # ΔHE is energy before less energy after, in both orders
+    assert terms.first_order == pytest.approx(float((rows.grad * delta).sum()), rel=1e-9)
+
+
+@FEW
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 999), st.floats(-3, 2))
+def test_only_the_small_step_can_break_the_theorem(d_out, d_in, seed, magnitude):
+    """For steps of any size: the linear part obeys it, a falling energy obeys it, a rising one by `step_factor`."""
+    weight, noise = normal(d_out, d_in, seed=seed), normal(d_out, d_in, seed=seed + 1000)
+    terms = bound_terms(weight, weight + 10**magnitude * noise)
+    bound, slack = terms.constant * math.sqrt(terms.perturbation), 1 + 1e-9
+    assert abs(terms.first_order) <= 2 * terms.moved * slack
+    assert 2 * terms.moved <= bound * slack
+    assert terms.change <= 2 * terms.moved * slack
+    assert -terms.change <= step_factor(terms.largest_step) * 2 * terms.moved * slack
+
+
+def test_the_step_factor_by_hand():
+    assert step_factor(0.0) == 1.0
+    assert step_factor(0.5) == pytest.approx(0.75 / 0.25)
+    assert step_factor(1.0) == step_factor(2.0) == math.inf
+
+
+def test_two_neurons_that_meet_break_the_theorem_and_attain_the_step_factor():
+    """From a distance of 2 to one of 1: ΔHE = 2 (1/4 − 1) = −3/2, K = 4 sqrt(2)/8, ΔV = 1/2; ratio (3/2)² · 4 = 9."""
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    terms = bound_terms(weight, weight / 2)
+    assert terms.change == pytest.approx(-1.5)
+    assert terms.constant == pytest.approx(4 * math.sqrt(2) / 8)
+    assert (terms.perturbation, terms.largest_step) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert terms.first_order == pytest.approx(-0.5)  # 2 · 2 · 2⁻⁴ · (2, 0)·(−1, 0)
+    assert terms.ratio == pytest.approx(9.0)
+    assert math.sqrt(terms.ratio) == pytest.approx(terms.neuron_ratio) == pytest.approx(step_factor(0.5))
+
+
+def test_an_update_of_nothing_breaks_nothing(weight):
+    terms = bound_terms(weight, weight.clone())
+    assert (terms.change, terms.first_order, terms.ratio, terms.neuron_ratio) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_terms_refuse_what_the_bound_refuses(weight):
+    with pytest.raises(ModelError, match="expected the shape of before"):
+        bound_terms(weight, weight[1:])
+    with pytest.raises(ModelError, match="NaN"):
+        bound_terms(weight, weight * float("nan"))
+    met = weight.clone()
+    met[3] = met[9]
+    with pytest.raises(ModelError, match="rows 3 and 9"):
+        bound_terms(weight, met)
+
+
+# ---- theorem 4 and the chain of eq. 33-37 ----
+
+
+@FEW
+@given(st.integers(2, 16), st.integers(2, 16), st.integers(0, 999), st.floats(0.0, 2.0), st.floats(0.1, 1.0))
+def test_every_bound_of_the_chain_shrinks_with_the_projection_up_to_alpha_two(d_out, d_in, seed, alpha, eta):
+    weight, delta = normal(d_out, d_in, seed=seed), normal(d_out, d_in, seed=seed + 1000)
+    basis = PrincipalSpace.fit(weight, eta).basis
+    projected, slack = delta - alpha * (delta @ basis) @ basis.T, 1 + 1e-12
+    lost = alpha * (2 - alpha) * (delta @ basis).square().sum(dim=1)
+    torch.testing.assert_close(projected.square().sum(dim=1), delta.square().sum(dim=1) - lost, rtol=1e-6, atol=1e-9)
+    constants = neuron_constants(weight, 2.0)
+    assert float(constants @ projected.norm(dim=1)) <= float(constants @ delta.norm(dim=1)) * slack
+    assert output_perturbation(projected) <= output_perturbation(delta) * slack
+
+
+def test_what_the_projection_lowers_is_the_bound_not_the_energy():
+    """Two neurons that turn, their distance kept: without the part along U they part, and the energy falls."""
+    weight = torch.tensor([[2.0, 0.0], [-2.0, 0.0]], dtype=torch.float64)
+    after = torch.tensor([[0.0, 2.0], [0.0, -2.0]], dtype=torch.float64)
+    space = PrincipalSpace.fit(weight)  # U is the first axis
+    projected = space.project(after - weight, 1.0)
+    assert output_perturbation(projected) < output_perturbation(after - weight)
+    assert delta_he(weight, after) == pytest.approx(0.0, abs=1e-12)
+    assert delta_he(weight, weight + projected) == pytest.approx(2 * (1 / 16 - 1 / 32))
+
+
+def test_a_single_input_may_notice_more_of_a_projected_update():
+    """Where the two parts of ΔW z have cancelled."""
+    update, z = torch.tensor([[1.0, -1.0]]), torch.tensor([1.0, 1.0])
+    space = PrincipalSpace.fit(torch.tensor([[1.0, 0.0]]))
+    assert (update @ z).norm() == 0
+    assert float((space.project(update, 1.0) @ z).norm()) == pytest.approx(1.0)
+
+
+@FEW
+@given(st.integers(0, 999), st.floats(-3, 3))
+def test_a_neuron_turns_by_no_more_than_its_update_over_its_mean_length(seed, magnitude):
+    """Which makes the theorem on the sphere one about the update: ‖ŵ' − ŵ‖ <= 2‖Δw‖ / (‖w‖ + ‖w'‖)."""
+    before = normal(20, 4, seed=seed)
+    after = before + 10**magnitude * normal(20, 4, seed=seed + 1)
+    turned = (after / after.norm(dim=1, keepdim=True) - before / before.norm(dim=1, keepdim=True)).norm(dim=1)
+    bound = 2 * (after - before).norm(dim=1) / (before.norm(dim=1) + after.norm(dim=1))
+    assert bool((turned <= bound * (1 + 1e-9) + 1e-12).all())
 
 
 def test_output_perturbation_is_the_change_over_an_orthonormal_basis(weight):

@@ -88,15 +88,21 @@ def test_norm_never_grows_and_the_removed_share_accounts_for_it(alpha, seed, mag
     assert space.removed_share(delta, alpha) == pytest.approx(1 - left**2, abs=1e-12)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.5, 2.0])
-def test_norm_of_the_raw_formula_never_grows_up_to_alpha_two(alpha):
-    """Eq. 53 needs P² = P, which only alpha = 1 gives; the inequality needs (1 - alpha)² <= 1 alone."""
-    basis = PrincipalSpace.fit(normal(20, 50, dtype=torch.float64)).basis
-    delta = normal(20, 50, seed=3, dtype=torch.float64)
-    projected = delta - alpha * (delta @ basis) @ basis.T
-    assert (projected.norm(dim=1) <= delta.norm(dim=1) * (1 + 1e-12)).all()
-    lost = alpha * (2 - alpha) * (delta @ basis).norm() ** 2
-    torch.testing.assert_close(projected.norm() ** 2, delta.norm() ** 2 - lost)
+@FEW
+@given(st.floats(-1.0, 3.0), st.floats(0.1, 1.0), st.integers(0, 99))
+def test_theorem_four_holds_for_every_alpha_from_zero_to_two_and_no_other(alpha, eta, seed):
+    """Eq. 53 needs P² = P, which α of 0 and 1 alone give; the inequality needs (1 − α)² <= 1 alone."""
+    basis = PrincipalSpace.fit(normal(20, 50, dtype=torch.float64), eta).basis
+    delta = normal(20, 50, seed=seed, dtype=torch.float64)
+    projector = torch.eye(50, dtype=torch.float64) - alpha * basis @ basis.T
+    projected, inside = delta @ projector, (delta @ basis).square().sum(dim=1)
+    removed = delta.square().sum(dim=1) - projected.square().sum(dim=1)  # per neuron
+    torch.testing.assert_close(removed, alpha * (2 - alpha) * inside)
+    assert bool((removed >= -1e-9).all()) == (0.0 <= alpha <= 2.0) or abs(alpha * (2 - alpha)) < 1e-9
+    idempotent = float((projector @ projector - projector).norm())
+    assert idempotent == pytest.approx(abs(alpha * (alpha - 1)) * basis.shape[1] ** 0.5, abs=1e-9)
+    outside = delta - (delta @ basis) @ basis.T  # eq. 58: equality where ΔwU = 0
+    torch.testing.assert_close(outside @ projector, outside)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["wide", "square", "tall"])

@@ -4,17 +4,59 @@
 
 It is a first-order statement, true for updates small against the distances between neurons (assumption 2), with inputs
 that form an orthonormal basis (assumption 1). Rows are not normalised here, as in the proof; distances carry the unit
-of the weight. All sums run in blocks and in float64, see `geometry.pairs`.
+of the weight. Given unit rows, the functions speak of the energy of eq. 5 instead, and of ΔV as the squared way that
+the neurons have gone on the sphere. All sums run in blocks and in float64, see `geometry.pairs`.
+
+Where the energy falls, the inequality holds for steps of any size; where it rises, with the factor `step_factor`
+beside K. docs/theory.md has the proof.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from sphere_plugin.geometry.checks import check_matrix, check_order, check_weight
+from sphere_plugin.geometry.checks import check_matrix, check_order, check_same_shape, check_weight
 from sphere_plugin.geometry.energy import delta_he
-from sphere_plugin.geometry.pairs import riesz, row_sums
+from sphere_plugin.geometry.pairs import pair_blocks, riesz, row_sums
+
+
+@dataclass(frozen=True)
+class BoundTerms:
+    """Both sides of eq. 9 and of eq. 33 for one update, and what tells why they may cross; made by `bound_terms`.
+
+    For every update |first_order| <= 2 moved <= constant sqrt(perturbation). What breaks the theorem is therefore
+    never the chain of its proof but the difference between ``change`` and ``first_order``: assumption 2.
+
+    Attributes:
+        change: ΔHE of eq. 26, each pair counted in both orders; above 0 where the energy falls.
+        first_order: the part of it that is linear in the update, which is what the proof bounds.
+        constant: K of eq. 27.
+        perturbation: ΔV under assumption 1, ‖ΔW‖_F².
+        moved: Σk C_k ‖Δwk‖ of eq. 33 with s = 2, which counts each pair once.
+        largest_step: ρ, the largest ‖Δwi − Δwj‖ / ‖wi − wj‖ of all pairs: how small the update is not.
+    """
+
+    change: float
+    first_order: float
+    constant: float
+    perturbation: float
+    moved: float
+    largest_step: float
+
+    @property
+    def ratio(self) -> float:
+        """(ΔHE / K)² / ΔV, which the theorem keeps at 1 or below; 0 for an update that changes nothing."""
+        whole = self.constant**2 * self.perturbation
+        return self.change**2 / whole if whole else 0.0
+
+    @property
+    def neuron_ratio(self) -> float:
+        """|ΔHE| / Σk C_k ‖Δwk‖ with ΔHE as in eq. 36, half of `change`; eq. 33 keeps it at 1 or below."""
+        return abs(self.change) / (2.0 * self.moved) if self.moved else 0.0
 
 
 def bound_constant(weight: Tensor, chunk: int | None = None) -> float:
@@ -89,3 +131,52 @@ def neuron_constants(weight: Tensor, s: float = 1.0, chunk: int | None = None) -
     check_weight(weight)
     sums = row_sums(weight.detach().double(), riesz(s + 1.0), chunk)
     return sums if s == 0 else s * sums
+
+
+def bound_terms(before: Tensor, after: Tensor, chunk: int | None = None) -> BoundTerms:
+    """Returns what the theorem and eq. 33 say of one update, s = 2, and what it did; all in one pass over the pairs.
+
+    ``first_order`` comes from a difference of squared distances, and is good to some 10⁻¹⁵ of them.
+
+    Args:
+        before: [d_out, d_in], W, at least two neurons; K and C_k are taken from it.
+        after: [d_out, d_in], W + ΔW.
+        chunk: rows per block; None chooses by size.
+
+    Raises:
+        ConfigError, ModelError: as `lower_bound`.
+    """
+    check_same_shape(before, after)
+    check_weight(before, "before")
+    check_weight(after, "after")
+    rows, moved_rows = before.detach().double(), after.detach().double()
+    delta = moved_rows - rows
+    steps, lengths = delta.square().sum(dim=1), torch.linalg.vector_norm(delta, dim=1)
+    crowding = torch.zeros_like(steps)
+    change, first, largest = 0.0, 0.0, 0.0
+    for (start, old), (_, new) in zip(pair_blocks(rows, chunk), pair_blocks(moved_rows, chunk), strict=True):
+        here, there = slice(start, start + old.shape[0]), slice(start, None)
+        step = torch.addmm(steps[here, None] + steps[None, there], delta[here], delta[there].T, alpha=-2.0)
+        along = (new - old - step) / 2.0  # (wi − wj)·(Δwi − Δwj)
+        change += float((old.reciprocal() - new.reciprocal()).triu_(1).sum())
+        first += float((along / old.square()).triu_(1).sum())
+        largest = max(largest, float((step / old).triu_(1).max()))
+        nearness = old.pow(-1.5).triu_(1)
+        crowding[here] += nearness.sum(dim=1)
+        crowding[there] += nearness.sum(dim=0)
+    return BoundTerms(
+        change=2.0 * change,
+        first_order=4.0 * first,
+        constant=4.0 * float(torch.linalg.vector_norm(crowding)),
+        perturbation=output_perturbation(delta),
+        moved=2.0 * float(crowding @ lengths),
+        largest_step=math.sqrt(largest),
+    )
+
+
+def step_factor(largest_step: float) -> float:
+    """Returns (1 − ρ/2) / (1 − ρ)², by which an energy may rise beyond the theorem's bound; infinite from ρ = 1 on.
+
+    −ΔHE <= step_factor(ρ) K sqrt(ΔV) for every update whose largest step is ρ, and ΔHE <= K sqrt(ΔV) for every update.
+    """
+    return (1.0 - largest_step / 2.0) / (1.0 - largest_step) ** 2 if largest_step < 1.0 else math.inf
