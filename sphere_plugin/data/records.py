@@ -32,6 +32,7 @@ class Record:
         neighbour_targets: the true answer of each neighbour, "" where it is not known; empty where none is.
         generation_prompts: beginnings of texts about the subject, for the model to go on with.
         reference_texts: texts about the new object, which what it writes is compared with.
+        relation: Wikidata's name of what the fact says, "P36"; "" where the source does not say.
         position: the record's number in its file, from 0.
     """
 
@@ -44,6 +45,7 @@ class Record:
     neighbour_targets: tuple[str, ...] = ()
     generation_prompts: tuple[str, ...] = ()
     reference_texts: tuple[str, ...] = ()
+    relation: str = ""
     position: int = 0
 
     def __post_init__(self) -> None:
@@ -170,6 +172,7 @@ def _counterfact(raw: Mapping[str, Any]) -> Record:
         neighbours=neighbours,
         target_true=true,
         neighbour_targets=_known(_texts(raw.get("neighborhood_targets")) or (true,) * len(neighbours)),
+        relation=str(rewrite.get("relation_id") or ""),
     )
 
 
