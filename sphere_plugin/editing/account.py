@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from sphere_plugin.editing.aim import Aimed
@@ -28,6 +29,7 @@ class LayerReport:
         update_norm: Frobenius norm of what was written, after rounding to the weight's dtype.
         weight_norm: Frobenius norm of the weight it was written to.
         update: what was added, [d_out, d_in] float32, before rounding to the weight's dtype.
+        null_space: dimension of AlphaEdit's null space; None for another base method.
     """
 
     name: str
@@ -37,6 +39,14 @@ class LayerReport:
     update_norm: float
     weight_norm: float
     update: Tensor | Factors = field(repr=False, compare=False)
+    null_space: int | None = None
+
+    @property
+    def right_norm(self) -> float | None:
+        """Mean norm of the update's right vectors; None where it is not in factors."""
+        if not isinstance(self.update, Factors):
+            return None
+        return float(torch.linalg.vector_norm(self.update.right, dim=0).mean())
 
 
 @dataclass(frozen=True)

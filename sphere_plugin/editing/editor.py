@@ -224,7 +224,7 @@ class Editor:
 
     def _put(self, layer: int, delta: Factors, restrained: bool) -> LayerReport:
         """Write an update [d_out, d_in], restrained or as it is; it becomes a matrix here, if not in a restraint."""
-        rewrite = self.anatomy.rewrites[layer]
+        rewrite, solver = self.anatomy.rewrites[layer], self._solver_of(layer)
         weight = rewrite.weight.float()
         delta = delta.to(weight.device)
         kept = restrain(self._restraints[layer], weight, delta) if restrained else Restrained(delta, 0.0, 0)
@@ -253,6 +253,7 @@ class Editor:
             update_norm=written,
             weight_norm=weight_norm,
             update=kept.delta,
+            null_space=solver.null.shape[1] if isinstance(solver, AlphaEdit) else None,
         )
 
     def _bind(self) -> dict[int, BoundRestraint]:

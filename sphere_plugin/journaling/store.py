@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.files import fingerprint, write_json, write_tensors
+from sphere_plugin.geometry import Factors
 from sphere_plugin.geometry.neurons import is_transposed
 from sphere_plugin.journaling.batch import Update, encode, replayed
 from sphere_plugin.journaling.disk import digest, free_place, header, move, numbered, plain, read_record, tensors
 
 _BASE: Final = "base.safetensors"
 _FORMAT: Final = "1"
+# Folders of a run whose files are named by the number of edits they were measured after.
+MEASURED: Final = ("checkpoints", "abilities", "audit", "diagnostics")
 
 Weights = dict[str, Tensor]
 
@@ -126,6 +129,13 @@ class Journal:
         entries = tensors(self._path(number, "safetensors"), number)[0]
         return {name: entries[f"{name}/keys"] for name in self.names if f"{name}/keys" in entries}
 
+    def factors(self, number: int) -> dict[str, Factors]:
+        """Name -> the update [d_out, d_in] of batch ``number``, where it is stored in factors."""
+        self._check_number(number, 1)
+        entries = tensors(self._path(number, "safetensors"), number)[0]
+        stored = [name for name in self.names if f"{name}/left" in entries]
+        return {name: Factors(entries[f"{name}/left"], entries[f"{name}/right"]) for name in stored}
+
     def batch_at(self, edits: int) -> int:
         """The number of the batch after which ``edits`` edits are in the weights; 0 for none.
 
@@ -202,7 +212,7 @@ class Journal:
                 weights[name].copy_(weight)
 
     def truncate(self, number: int, keep: bool = True) -> Path | None:
-        """Take the batches after ``number`` out of the journal, and the scores of later checkpoints with them.
+        """Take the batches after ``number`` out of the journal, and what was measured at later moments with them.
 
         They go to ``undone/1``, or the next free number, in the folder of the run, the last one first, so that the
         journal can be read at any moment.
@@ -215,10 +225,10 @@ class Journal:
             The folder where they are now; None if there were none, or they were deleted.
         """
         self._check_number(number)
-        later = self._later_checkpoints(number) if number < len(self) else []
+        later = self._measured_later(number) if number < len(self) else []
         place = free_place(self.folder.parent / "undone") if keep and number < len(self) else None
         for path in later:
-            move(path, None if place is None else place / "checkpoints" / path.name)
+            move(path, None if place is None else place / path.parent.name / path.name)
         for batch in range(len(self), number, -1):
             for kind in ("json", "safetensors"):  # without the first the second is nothing
                 path = self._path(batch, kind)
@@ -228,10 +238,11 @@ class Journal:
             self._state = None
         return place
 
-    def _later_checkpoints(self, number: int) -> list[Path]:
+    def _measured_later(self, number: int) -> list[Path]:
         edits = int(self.record(number)["edits"]) if number else 0
-        scored = [path for path in (self.folder.parent / "checkpoints").glob("*.json") if path.stem.isdigit()]
-        return sorted((path for path in scored if int(path.stem) > edits), reverse=True)
+        found = [path for kind in MEASURED for path in (self.folder.parent / kind).glob("*.json")]
+        later = [path for path in found if path.stem.isdigit() and int(path.stem) > edits]
+        return sorted(later, key=lambda path: int(path.stem), reverse=True)
 
     def _path(self, number: int, kind: str) -> Path:
         return self.folder / f"{number:06d}.{kind}"

@@ -10,7 +10,7 @@ from typing import Any, Final
 from sphere_plugin.report.grid import Field, Grid, Line
 from sphere_plugin.report.numbers import METRICS, Metric, shown, shown_spread, shown_value, written
 from sphere_plugin.report.studies import Entry, Study
-from sphere_plugin.report.style import Panel, Pen, Plate
+from sphere_plugin.report.style import Panel, Pen, Plate, decades
 
 ENERGY: Final = next(metric for metric in METRICS if metric.name == "energy")
 FEWEST: Final = 3  # points below which there is no rank correlation to speak of
@@ -128,7 +128,7 @@ def _finish(axis: Any, metric: Metric) -> None:
     axis.margins(x=0.04)
     values = [value for line in axis.lines for value in line.get_ydata()]
     if metric.name == "perplexity" and max(values) > STEEP * min(values):
-        axis.set_yscale("log")
+        decades(axis, "y")
     low, high = axis.get_ylim()
     if metric.unit == "%":
         axis.set_ylim(min(0.0, low), max(high, 1.0))

@@ -62,7 +62,9 @@ TRACES: Final = (
     Trace("Largest singular value", sigma_max),
     Trace("Change of HE (10⁻⁴)", energy, 2),
 )
-COLUMNS: Final = ("rank", "removed_share", "solved_norm", "update_norm", "weight_norm", "sigma_max")
+COLUMNS: Final = ("rank", "removed_share", "solved_norm", "update_norm", "weight_norm", "sigma_max") + (
+    ("right_norm", "null_space")
+)
 ENERGIES: Final = ("energy_0", "energy_1", "energy_2")
 
 

@@ -11,12 +11,29 @@ from typing import Any, Final
 from sphere_plugin._version import __version__
 from sphere_plugin.errors import ConfigError, HostError
 from sphere_plugin.files import check_writable, write_bytes, write_json
-from sphere_plugin.report import bars, cases, comparison, curves, diagnostics, neurons, paired, published, scatter
+from sphere_plugin.report import (
+    abilities,
+    audit,
+    bars,
+    cases,
+    comparison,
+    curves,
+    diagnosed,
+    diagnostics,
+    interference,
+    neurons,
+    paired,
+    published,
+    scatter,
+    theorem,
+)
 from sphere_plugin.report.grid import Grid
 from sphere_plugin.report.read import read_runs
 from sphere_plugin.report.studies import Study, studies_of
 from sphere_plugin.report.style import Plate, alone, picture, sheet
 from sphere_plugin.report.svg import svg, themes
+from sphere_plugin.report.sweep import find_sweeps
+from sphere_plugin.report.swept import SweepChapter, chapters_of, context
 
 PAGE: Final = "report.html"
 NUMBERS: Final = "report.json"
@@ -64,7 +81,7 @@ def write_report(
     """Write the report of all runs in ``paths`` into the folder ``out``.
 
     Args:
-        paths: run folders, or folders of them.
+        paths: run folders, or folders of them. Runs in the folder of a sweep are its cells and make up no study.
         out: is made if it is not there; files of an earlier report in it are replaced.
         options: see `Options`.
         tell: called with (what, done now, of how many) while it takes long.
@@ -79,13 +96,18 @@ def write_report(
     """
     check_libraries()
     options = options or Options()
-    studies = studies_of(read_runs(paths), options.at)
+    folders = find_sweeps(paths)
+    runs = read_runs(paths, folders)
+    studies = studies_of(runs, options.at) if runs else ()
     check_writable(out / PAGE)
+    sweeps = chapters_of(folders, options.at, tell)
     chapters = [chapter(study, options, tell) for study in studies]
     for one in chapters:
         _write_files(one, out, tell)
-    text = html(chapters)
-    write_json(out / NUMBERS, numbers(studies))
+    for swept in sweeps:
+        _write_plates(swept.plates, swept.grids, out, tell)
+    text = html(chapters, sweeps)
+    write_json(out / NUMBERS, numbers(studies, sweeps))
     write_bytes(out / PAGE, text.encode())
     return out / PAGE
 
@@ -120,11 +142,22 @@ def chapter(study: Study, options: Options, tell: Callable[[str, int, int], None
         "bars": bars.grid(study),
         "paired": paired.grid(study, tests),
     }
+    hidden = diagnosed.gather(study)
+    if hidden:
+        plates |= {"theorem": theorem.plate(study, hidden), "interference": interference.plate(study, hidden)}
+        grids |= {"theorem": theorem.grid(study, hidden), "violations": theorem.violations(study, hidden)}
+        grids |= {"interference": interference.grid(study, hidden), "spaces": interference.spaces(study, hidden)}
+        grids["diagnoses"] = diagnosed.grid(study, hidden)
+    grids |= audit.grids(study)
+    able = abilities.gather(study)
+    if able:
+        plates["abilities"] = abilities.plate(study, able)
+        grids |= {"abilities": abilities.grid(study, able), "able": abilities.tests(study, able)}
     return Chapter(study, plates, grids, tests, options.texts)
 
 
-def numbers(studies: Iterable[Study]) -> dict[str, Any]:
-    """Returns the numbers of the comparison tables, unrounded and as they are written."""
+def numbers(studies: Iterable[Study], sweeps: Iterable[SweepChapter] = ()) -> dict[str, Any]:
+    """Returns the numbers of the comparison tables, unrounded and as they are written, and those of sweeps."""
     return {
         "sphere_plugin": __version__,
         "studies": [
@@ -139,10 +172,11 @@ def numbers(studies: Iterable[Study]) -> dict[str, Any]:
             }
             for study in studies
         ],
+        "sweeps": [one.told for one in sweeps],
     }
 
 
-def html(chapters: Sequence[Chapter]) -> str:
+def html(chapters: Sequence[Chapter], sweeps: Sequence[SweepChapter] = ()) -> str:
     """Returns the page. Whatever comes from a run is escaped by the template, or by the XML of a figure."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -163,10 +197,13 @@ def html(chapters: Sequence[Chapter]) -> str:
     )
     light, dark = themes()
     studies = [one.study for one in chapters]
+    swept = [one.sweep.study for one in sweeps]
     return environment.get_template(TEMPLATE).render(
         chapters=[_context(one, charts) for one in chapters],
-        numbers=json.dumps(numbers(studies), ensure_ascii=False).replace("<", "\\u003c"),
-        runs=sum(len(entry.runs) for study in studies for entry in study.entries),
+        sweeps=[context(one, charts) for one in sweeps],
+        models=list(dict.fromkeys(study.model for study in (*studies, *swept))),
+        numbers=json.dumps(numbers(studies, sweeps), ensure_ascii=False).replace("<", "\\u003c"),
+        runs=len({run.folder for study in (*studies, *swept) for entry in study.entries for run in entry.runs}),
         light=light,
         dark=dark,
         version=__version__,
@@ -208,15 +245,21 @@ def without_folders(value: Any) -> Any:
 
 def _write_files(one: Chapter, out: Path, tell: Callable[[str, int, int], None]) -> None:
     study = one.study
-    drawn = [plate for plate in one.plates.values() if plate.panels]
+    _write_plates(one.plates, one.grids, out, tell)
+    write_bytes(out / f"{study.key}-table.csv", comparison.table_csv(study).encode())
+    write_bytes(out / f"{study.key}-table.tex", comparison.table_latex(study).encode())
+    write_bytes(out / f"{study.key}-batches.csv", diagnostics.batches_csv(study).encode())
+    write_bytes(out / f"{study.key}-scores.csv", paired.scores_csv(study).encode())
+
+
+def _write_plates(
+    plates: Mapping[str, Plate], grids: Mapping[str, Grid], out: Path, tell: Callable[[str, int, int], None]
+) -> None:
+    drawn = [plate for plate in plates.values() if plate.panels]
     for plate in drawn:
         figure = sheet(plate)
         for kind in ("png", "pdf"):
             write_bytes(out / f"{plate.name}.{kind}", picture(figure, kind))
         tell("figures", 1, len(drawn))
-    for grid in one.grids.values():
+    for grid in grids.values():
         write_bytes(out / f"{grid.name}.csv", grid.csv().encode())
-    write_bytes(out / f"{study.key}-table.csv", comparison.table_csv(study).encode())
-    write_bytes(out / f"{study.key}-table.tex", comparison.table_latex(study).encode())
-    write_bytes(out / f"{study.key}-batches.csv", diagnostics.batches_csv(study).encode())
-    write_bytes(out / f"{study.key}-scores.csv", paired.scores_csv(study).encode())

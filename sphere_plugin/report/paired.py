@@ -97,7 +97,15 @@ def paired_differences(
     first: Sequence[tuple[Run, Checkpoint]], second: Sequence[tuple[Run, Checkpoint]], metric: Metric
 ) -> list[float]:
     """Returns first − second for every record that both have; of several orders, the record's mean over them."""
-    by_record: dict[tuple[str, int], list[float]] = {}
+    couples = paired_scores(first, second, metric).values()
+    return [fmean(ours - theirs for ours, theirs in scores) for scores in couples]
+
+
+def paired_scores(
+    first: Sequence[tuple[Run, Checkpoint]], second: Sequence[tuple[Run, Checkpoint]], metric: Metric
+) -> dict[tuple[str, int], list[tuple[float, float]]]:
+    """Returns record -> scores in first and in second, a pair for each order that both have."""
+    by_record: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for run, checkpoint in first:
         for other, counterpart in second:
             if other.order != run.order:
@@ -105,8 +113,8 @@ def paired_differences(
             known = _can_name(run) and _can_name(other)
             ours, theirs = (_by_record(*one, metric, known) for one in ((run, checkpoint), (other, counterpart)))
             for key in sorted(ours.keys() & theirs.keys()):
-                by_record.setdefault(key, []).append(ours[key] - theirs[key])
-    return [fmean(differences) for differences in by_record.values()]
+                by_record.setdefault(key, []).append((ours[key], theirs[key]))
+    return by_record
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float | None, float | None]:

@@ -93,8 +93,12 @@ class Run:
         return next((one for one in self.checkpoints if one.edits == edits), None)
 
 
-def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
+def read_runs(paths: Sequence[Path], without: Sequence[Path] = ()) -> tuple[Run, ...]:
     """Read every run in ``paths``, which are run folders or folders of them, at any depth.
+
+    Args:
+        paths: where to look.
+        without: folders whose runs are left out.
 
     Raises:
         ConfigError: there is no run in one of them.
@@ -107,14 +111,19 @@ def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
             remedy = "Pass what `sphere run --out` wrote, or a folder of such folders."
             raise ConfigError(str(path), "no manifest.json in it or below", "a run folder", remedy)
         folders.update(dict.fromkeys(found))
-    return tuple(read_run(folder) for folder in folders)
+    return tuple(read_run(folder) for folder in folders if not any(folder.is_relative_to(one) for one in without))
 
 
 def find_runs(path: Path) -> list[Path]:
     """The run folders at or below ``path``, sorted; what lies inside a run folder is not looked at."""
+    return find_folders(path, "manifest.json")
+
+
+def find_folders(path: Path, name: str) -> list[Path]:
+    """The folders at or below ``path`` that have a file of this name, sorted; inside them is not looked."""
     found = []
     for folder, below, files in os.walk(path.expanduser().resolve()):
-        if "manifest.json" in files:
+        if name in files:
             found.append(Path(folder))
             below.clear()
         below[:] = sorted(name for name in below if not name.startswith("."))

@@ -119,10 +119,14 @@ class Study:
         return averaged(first.values()) if first else Value(None)
 
     def pairs(self) -> list[tuple[Entry, Entry]]:
-        """Entries "x" and "x+sphere"."""
-        plain = {(entry.name, entry.shared): entry for entry in reversed(self.entries) if not entry.sphere}
-        found = ((plain.get((without_sphere(entry.name), entry.shared)), entry) for entry in self.entries)
-        return [(base, entry) for base, entry in found if base is not None and entry.sphere]
+        """Entries "x" and "x+sphere"; of several "x" the one with the most settings in common, the first of those."""
+        found = []
+        for entry in (one for one in self.entries if one.sphere):
+            wanted = without_sphere(entry.name), entry.shared
+            alone = [one for one in self.entries if not one.sphere and (one.name, one.shared) == wanted]
+            if alone:
+                found.append((min(alone, key=lambda one: _differing(one.runs[0], entry.runs[0])), entry))
+        return found
 
     def metrics(self) -> list[Metric]:
         """All metrics; locality is left out where nobody has it."""
@@ -160,7 +164,7 @@ def studies_of(runs: Sequence[Run], at: int | None = None) -> tuple[Study, ...]:
 
 def _study(number: int, runs: Sequence[Run], families: Mapping[str, int], at: int | None) -> Study:
     manifest, entries = runs[0].manifest, _entries(runs, families)
-    moment, remark = (at, "") if at is not None else _moment(entries)
+    moment, remark = (at, "") if at is not None else last_moment(entries)
     return Study(
         number=number,
         model=str((manifest.get("model") or {}).get("name") or "unknown model"),
@@ -176,7 +180,7 @@ def _study(number: int, runs: Sequence[Run], families: Mapping[str, int], at: in
     )
 
 
-def _moment(entries: Sequence[Entry]) -> tuple[int | None, str]:
+def last_moment(entries: Sequence[Entry]) -> tuple[int | None, str]:
     """The last moment that all entries have which have any and were not ended by a guard; who went further."""
     scored = [entry for entry in entries if entry.moments()]
     scored = [entry for entry in scored if not entry.stopped] or scored
@@ -218,6 +222,12 @@ def _label(run: Run, names: Sequence[tuple[str, bool]]) -> str:
 def _families(runs: Iterable[Run]) -> dict[str, int]:
     """Base method -> number of its colour, in the order of their first appearance anywhere."""
     return {name: number for number, name in enumerate(dict.fromkeys(_family(run.entry) for run in runs))}
+
+
+def _differing(run: Run, other: Run) -> int:
+    """In how many of the method's settings two runs differ."""
+    first, second = ((one.manifest.get("method") or {}).get("hparams") or {} for one in (run, other))
+    return sum(first.get(key) != second.get(key) for key in {*first, *second})
 
 
 def _family(name: str) -> str:

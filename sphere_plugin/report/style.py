@@ -81,6 +81,22 @@ def marker(entry: Entry) -> str:
     return MARKERS[entry.family % len(MARKERS)]
 
 
+def decades(axes: Any, *sides: str) -> None:
+    """Make the ``sides`` of a chart, "x" and "y", logarithmic; their ticks are written as 10⁻³."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    def power(value: float, _: int) -> str:
+        exponent = round(math.log10(value)) if value > 0 else 0
+        return "10" + f"{exponent}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+    for side in sides:
+        getattr(axes, f"set_{side}scale")("log")
+        axis = getattr(axes, f"{side}axis")
+        axis.set_major_locator(LogLocator(numticks=6))
+        axis.set_major_formatter(FuncFormatter(power))
+        axis.set_minor_formatter(NullFormatter())
+
+
 @dataclass
 class Pen:
     """Draws on one pair of axes and remembers what belongs to whom, for the page.

@@ -43,6 +43,24 @@ class Ended:
     failed: str | None = None
 
 
+@dataclass(frozen=True)
+class Task:
+    """A run of one entry.
+
+    Attributes:
+        settings: of one entry.
+        folder: of the run; it need not be there.
+    """
+
+    settings: RunSettings
+    folder: Path
+
+    @property
+    def done(self) -> int:
+        """How many edits are in its journal, as far as the names of files tell."""
+        return _done(self.settings, self.folder)
+
+
 Work = Callable[[RunSettings, Path, bool], Ended]
 
 
@@ -70,46 +88,58 @@ def compare(
     check_number("--jobs", jobs, 1, whole=True)
     check(settings)
     write_json(folder / COMPARISON, settings.plain())
+    tasks = [Task(settings.for_entry(entry), folder / entry) for entry in settings.entries]
+    if settings.share_targets:  # once, before two entries look for them at the same time
+        with workers_environment(max(1, torch.get_num_threads() // jobs)):
+            _side_by_side(_find_targets, tasks[:1], 1, guarded, lambda: None)
+    return run_all(tasks, jobs, progress, guarded)
+
+
+def run_all(
+    tasks: Sequence[Task], jobs: int = 1, progress: Callable[[int], None] | None = None, guarded: bool = True
+) -> list[Ended]:
+    """Do every run in a process of its own, or go on with it where it was stopped; see `compare`.
+
+    Returns:
+        How each ended, in the order of ``tasks``.
+    """
+    told = progress or (lambda done: None)
     with workers_environment(max(1, torch.get_num_threads() // jobs)):
-        if settings.share_targets:  # once, before two entries look for them at the same time
-            _side_by_side(_find_targets, [settings.for_entry(settings.entries[0])], folder, 1, guarded, lambda: None)
-        each = [settings.for_entry(entry) for entry in settings.entries]
-        told = progress or (lambda done: None)
-        return _side_by_side(_work, each, folder, jobs, guarded, lambda: told(sum(_done(one, folder) for one in each)))
+        return _side_by_side(_work, tasks, jobs, guarded, lambda: told(sum(task.done for task in tasks)))
 
 
 def _side_by_side(
-    work: Work, each: Sequence[RunSettings], folder: Path, jobs: int, guarded: bool, look: Callable[[], None]
+    work: Work, tasks: Sequence[Task], jobs: int, guarded: bool, look: Callable[[], None]
 ) -> list[Ended]:
-    """``work`` on every entry in a process of its own, so many at a time."""
+    """``work`` on every task in a process of its own, so many at a time."""
     context = multiprocessing.get_context("spawn")
-    waiting, ended = list(each), dict[str, Ended]()
-    running = dict[Any, tuple[RunSettings, Any]]()
+    waiting, ended = list(enumerate(tasks)), dict[int, Ended]()
+    running = dict[Any, tuple[int, Any]]()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                settings = waiting.pop(0)
+                number, task = waiting.pop(0)
                 answers, theirs = context.Pipe(duplex=False)
-                place = folder / settings.entries[0]
-                process = context.Process(target=_answer, args=(theirs, work, settings, place, guarded), daemon=True)
+                arguments = (theirs, work, task.settings, task.folder, guarded)
+                process = context.Process(target=_answer, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
-                running[answers] = settings, process
+                running[answers] = number, process
             for ready in wait(list(running), timeout=_EVERY):
-                settings, process = running.pop(ready)
-                ended[settings.entries[0]] = _ended(settings, ready, process, folder)
+                number, process = running.pop(ready)
+                ended[number] = _ended(tasks[number], ready, process)
             look()
     finally:
         for _, process in running.values():
             process.terminate()
-    return [ended[settings.entries[0]] for settings in each]
+    return [ended[number] for number in range(len(tasks))]
 
 
 def _answer(answers: Any, work: Work, settings: RunSettings, folder: Path, guarded: bool) -> None:
     answers.send(work(settings, folder, guarded))
 
 
-def _ended(settings: RunSettings, answers: Any, process: Any, folder: Path) -> Ended:
+def _ended(task: Task, answers: Any, process: Any) -> Ended:
     """What a process answered before it ended."""
     try:
         ended: Ended = answers.recv()
@@ -117,13 +147,13 @@ def _ended(settings: RunSettings, answers: Any, process: Any, folder: Path) -> E
         process.join()
         killed = " (killed, for want of memory most likely)" if process.exitcode == -9 else ""
         why = f"its process ended with code {process.exitcode}{killed}"
-        ended = Ended(settings.entries[0], _done(settings, folder), failed=why)
+        ended = Ended(task.settings.entries[0], task.done, failed=why)
     return ended
 
 
 def _done(settings: RunSettings, folder: Path) -> int:
-    """How many edits of an entry are in its journal, as far as the names of files tell."""
-    batches = max(numbered(folder / settings.entries[0] / "journal"), default=0)
+    """How many edits are in the journal of a run, as far as the names of files tell."""
+    batches = max(numbered(folder / "journal"), default=0)
     return min(batches * settings.batch_size, settings.edits)
 
 
@@ -143,13 +173,13 @@ def _work(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
     entry, begun = settings.entries[0], (folder / NAME).exists()
     stopped = _stopped(folder) if begun and guarded else None
     if stopped is not None:
-        return Ended(entry, _done(settings, folder.parent), stopped=stopped)
+        return Ended(entry, _done(settings, folder), stopped=stopped)
     try:
         with logged(folder):
             outcome = resume(folder, guarded=guarded) if begun else start(settings, folder)
     except Exception as error:  # noqa: BLE001 - whatever it is, it ends this entry only
         failed = str(error) if isinstance(error, SphereError) else f"{type(error).__name__}: {error}"
-        return Ended(entry, _done(settings, folder.parent), failed=failed)
+        return Ended(entry, _done(settings, folder), failed=failed)
     return Ended(entry, outcome.edits, outcome.stopped)
 
 

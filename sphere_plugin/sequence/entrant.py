@@ -124,7 +124,9 @@ class OwnEntrant:
     def apply(self, records: Sequence[Record], number: int, aimed: Aimed | None = None) -> Done:
         """Write a batch."""
         report = self.editor.apply([request_of(record) for record in records], aimed)
-        told = ("name", "rank", "removed_share", "solved_norm", "update_norm", "weight_norm")
+        told = ("name", "rank", "removed_share", "solved_norm", "update_norm", "weight_norm") + (
+            ("right_norm", "null_space")
+        )
         return Done(
             layers=[{name: getattr(layer, name) for name in told} for layer in report.layers],
             updates={layer.name: layer.update for layer in report.layers},

@@ -42,7 +42,7 @@ class Plan:
     def sentence(self, label: str) -> str:
         """For the terminal."""
         return (
-            f"{label}: {_time(self.editing)} of editing and {_time(self.scoring)} of scoring, "
+            f"{label}: {time_in_words(self.editing)} of editing and {time_in_words(self.scoring)} of scoring, "
             f"{self.disk / 1e6:.0f} MB of disk, {self.memory / 1e9:.1f} GB of memory "
             f"(from {self.facts} facts; a whole batch at once is faster per fact, and takes more memory)"
         )
@@ -102,7 +102,8 @@ def _peak() -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def _time(seconds: float) -> str:
+def time_in_words(seconds: float) -> str:
+    """Seconds as "80 s", "12 min" or "3.4 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -31,6 +31,7 @@ from sphere_plugin.sequence.entrant import AIMING, Entrant, OwnEntrant, entrant_
 from sphere_plugin.sequence.entries import absolute, hparams_of, settings_of
 from sphere_plugin.sequence.guard import Events
 from sphere_plugin.sequence.manifest import NAME, check_same, manifest_of, read_manifest
+from sphere_plugin.sequence.measured import AbilitiesAlong
 from sphere_plugin.sequence.monitor import Monitor
 from sphere_plugin.sequence.settings import RunSettings
 from sphere_plugin.sequence.targets import Targets
@@ -73,6 +74,8 @@ def check(settings: RunSettings) -> None:
                 raise ConfigError(f"{name} of {entry}", getattr(hparams, name), f"{value}, as all entries", remedy)
     read_records(settings.data, settings.edits, settings.order)
     held_out(settings.text)
+    if settings.abilities is not None:
+        settings.abilities.suite()
 
 
 def start(settings: RunSettings, folder: Path, progress: Progress | None = None) -> Outcome:
@@ -120,6 +123,7 @@ class Run:
     def __init__(self, settings: RunSettings, folder: Path, progress: Progress | None = None) -> None:
         self.settings, self.folder = settings, folder.resolve()
         self._progress = progress or (lambda what, done, total: None)
+        self.abilities = AbilitiesAlong(settings, self.folder)
         entry = settings.entries[0]
         self.hparams = absolute(
             hparams_of(entry, settings.hparams, settings.model, settings_of(entry, settings.settings))
@@ -289,7 +293,9 @@ class Run:
 
     def _judge(self, number: int) -> str | None:
         """Score the model after batch ``number`` if that is due, and ask the guard; returns why the run ends."""
-        checkpoint = self._score(number)
+        checkpoint, edits = self._score(number), self._edits(number)
+        model, tokenizer = self.entrant.model, self.entrant.tokenizer
+        self.abilities.measure(edits, self.journal.fingerprint(number), model, tokenizer, self._progress)
         if self.guard is None or not number:
             return None
         record = self.journal.record(number)

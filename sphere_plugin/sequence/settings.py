@@ -12,6 +12,7 @@ import yaml
 
 from sphere_plugin.editing.config import check_flag, check_number, check_text
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.sequence.abilities import AbilityPlan
 from sphere_plugin.sequence.entries import HOSTED, check_settings, parse, split
 from sphere_plugin.sequence.guard import Guard
 from sphere_plugin.sequence.run import check_schedule
@@ -41,6 +42,7 @@ class RunSettings:
         share_targets: aim once, on the unedited model, for all entries of this package's own editor.
         settings: entry, its base, or "all" -> key of its YAML -> value.
         guard: what to do when the run starts to collapse.
+        abilities: what is measured of the rest of the model, and when; None: nothing.
         seed: of everything random in a run but the order.
         preset: the preset these settings come from.
 
@@ -64,6 +66,7 @@ class RunSettings:
     share_targets: bool = False
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     guard: Guard | None = None
+    abilities: AbilityPlan | None = None
     seed: int = 0
     preset: str | None = None
 
@@ -82,10 +85,16 @@ class RunSettings:
             check_text("model", self.model)
         if self.guard is not None and not isinstance(self.guard, Guard):
             raise ConfigError("guard", self.guard, "energy, retention, action", "Write guard: {energy: 0.05}.")
+        if self.abilities is not None and not isinstance(self.abilities, AbilityPlan):
+            raise ConfigError(
+                "abilities", self.abilities, "tasks, every, limit, data", "Write abilities: {data: DIR}."
+            )
         check_flag("share_targets", self.share_targets)
         self._check_sharing()
         points = tuple(sorted({*self.checkpoints, self.edits}))
         check_schedule(self.edits, self.batch_size, points)
+        if self.abilities is not None:
+            self.abilities.moments(self.edits, self.batch_size)
         object.__setattr__(self, "checkpoints", points)
         check_settings(self.settings, self.entries)
 
@@ -102,7 +111,8 @@ class RunSettings:
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it; `from_mapping` reads it."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, abilities=None))
+        values["abilities"] = None if self.abilities is None else self.abilities.plain()
         paths = {key: None if values[key] is None else str(values[key]) for key in ("hparams", "data", "text")}
         return values | paths | {"entries": list(self.entries), "checkpoints": list(self.checkpoints)}
 
@@ -144,6 +154,8 @@ class RunSettings:
             values["model"] = str(Path(values["model"]).expanduser().resolve())
         if isinstance(values.get("guard"), Mapping):
             values["guard"] = Guard.from_mapping(values["guard"])
+        if isinstance(values.get("abilities"), Mapping):
+            values["abilities"] = AbilityPlan.from_mapping(values["abilities"])
         return cls(**values)
 
 
