@@ -154,6 +154,15 @@ def test_a_fact_that_is_good_enough_stops_alone(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(alone.values[0], together.values[number], atol=1e-3, rtol=1e-3)
 
 
+def test_without_kl_essences_apart_from_the_rest_ask_for_nothing() -> None:
+    model, _, config, anatomy, locator = parts("llama", kl_factor=0.0)
+    told = {"prompt": "Toyota Camry, as he said of the city and the capital of France and Italy, is produced by"}
+    (fact,) = read_requests([{**told, "subject": "Toyota Camry", "target_new": "Microsoft"}])
+    found = aim(anatomy, locator, [fact], ("",), config).values[0]
+    expected = aim_one_plainly(model, anatomy, locator, fact, ("",), config)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_the_loss_may_read_a_lower_layer() -> None:
     model, _, config, anatomy, locator = parts("llama", layers=[1], v_loss_layer=2, kl_factor=1.0)
     lower = aim(anatomy, locator, FACTS, ("",), config).values

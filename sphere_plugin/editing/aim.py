@@ -128,7 +128,7 @@ class _Search:
                 if part is None:
                     continue
                 loss = part.losses(self.anatomy, delta, self.layer, self.contexts, self.config.kl_factor)
-                if gradients:
+                if gradients and loss.requires_grad:  # not of essences alone where kl_factor is 0
                     torch.autograd.backward(loss.sum())
                 losses += loss.detach()
             decay = self.config.v_weight_decay * delta.norm(dim=1) / norms.square()
