@@ -297,3 +297,14 @@ def _unreadable(path: Path, error: OSError) -> CacheError:
 
 def _damaged(path: Path, why: str) -> CacheError:
     return CacheError(str(path), why, "a file as this package wrote it", "Delete it and run the command again.")
+
+
+def find_folders(path: Path, name: str) -> list[Path]:
+    """The folders at or below ``path`` that have a file of this name, sorted; inside them is not looked."""
+    found = []
+    for folder, below, files in os.walk(path.expanduser().resolve()):
+        if name in files:
+            found.append(Path(folder))
+            below.clear()
+        below[:] = sorted(name for name in below if not name.startswith("."))
+    return found

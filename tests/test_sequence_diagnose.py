@@ -28,7 +28,8 @@ from sphere_plugin.journaling.revisit import Revisited
 from sphere_plugin.journaling.undoing import undo
 from sphere_plugin.report.page import Options as ReportOptions
 from sphere_plugin.report.page import write_report
-from sphere_plugin.sequence.diagnose import Diagnosis, Options, runs_in, table
+from sphere_plugin.sequence.diagnose import Diagnosis, Options, table
+from sphere_plugin.sequence.finished import runs_in
 from sphere_plugin.sequence.protected import edited, protected
 from sphere_plugin.sequence.runner import resume, start
 

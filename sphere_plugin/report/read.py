@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sphere_plugin.errors import CacheError, ConfigError
-from sphere_plugin.files import read_json
+from sphere_plugin.files import find_folders, read_json
 
 FORMAT: Final = 1
 ORDERS: Final = ("0", "1", "2")  # of the energies that are stored
@@ -117,17 +116,6 @@ def read_runs(paths: Sequence[Path], without: Sequence[Path] = ()) -> tuple[Run,
 def find_runs(path: Path) -> list[Path]:
     """The run folders at or below ``path``, sorted; what lies inside a run folder is not looked at."""
     return find_folders(path, "manifest.json")
-
-
-def find_folders(path: Path, name: str) -> list[Path]:
-    """The folders at or below ``path`` that have a file of this name, sorted; inside them is not looked."""
-    found = []
-    for folder, below, files in os.walk(path.expanduser().resolve()):
-        if name in files:
-            found.append(Path(folder))
-            below.clear()
-        below[:] = sorted(name for name in below if not name.startswith("."))
-    return found
 
 
 def read_run(folder: Path) -> Run:

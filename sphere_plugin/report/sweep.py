@@ -10,10 +10,10 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from sphere_plugin.errors import CacheError, ConfigError
-from sphere_plugin.files import read_json
+from sphere_plugin.files import find_folders, read_json
 from sphere_plugin.report.numbers import METRICS, Metric, Value, measure
 from sphere_plugin.report.paired import Comparison, compare, holm
-from sphere_plugin.report.read import Run, find_folders, read_run
+from sphere_plugin.report.read import Run, read_run
 from sphere_plugin.report.studies import Entry, Study, last_moment, without_sphere
 
 FILE: Final = "sweep.json"

@@ -13,12 +13,13 @@ import torch
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.evaluation.abilities import LOCAL, Suite
 from sphere_plugin.evaluation.benchmarks import Data
-from sphere_plugin.files import check_writable, fingerprint
+from sphere_plugin.files import check_writable, find_folders, fingerprint
 from sphere_plugin.journaling import run_lock
 from sphere_plugin.journaling.revisit import Revisited, opened
 from sphere_plugin.models import load_model
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.abilities import data_of, names_of
+from sphere_plugin.sequence.finished import moments_of
 from sphere_plugin.sequence.manifest import NAME
 from sphere_plugin.sequence.measured import FOLDER, Abilities, path_of, told
 
@@ -43,7 +44,8 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
         SphereError: a target, a task, a file or a moment that cannot be, before anything is measured.
     """
     device = _device(arguments.device)
-    folders = runs_in(arguments.target)
+    target = Path(arguments.target).expanduser()
+    folders = find_folders(target, NAME) if target.is_dir() else []
     if folders and arguments.out is not None:
         raise ConfigError("--out", str(arguments.out), "nothing beside a run", "Its scores go into its own folder.")
     if not folders and arguments.at is not None:
@@ -69,14 +71,6 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     return 0, [*lines, *_notes(suite)]
 
 
-def runs_in(target: str) -> list[Path]:
-    """The run folders that ``target`` stands for: itself, or those in it; none if it is a model."""
-    folder = Path(target).expanduser()
-    if (folder / NAME).exists():
-        return [folder]
-    return sorted(path.parent for path in folder.glob(f"*/{NAME}")) if folder.is_dir() else []
-
-
 def table(names: Sequence[str], found: Moments) -> list[str]:
     """The scores of one model at its moments: a head and a line each, ± the standard error."""
     rows = [("edits", *names)]
@@ -92,7 +86,7 @@ def _looked_up(folder: Path, at: str | None) -> _Run:
     journal, manifest = opened(folder)
     last = int(journal.record(len(journal))["edits"]) if len(journal) else 0
     points = [int(point) for point in manifest.get("checkpoints") or ()]
-    wanted = _numbers(at) if at is not None else [point for point in {0, *points, last} if point <= last]
+    wanted = moments_of(at) if at is not None else [point for point in {0, *points, last} if point <= last]
     moments = {edits: journal.fingerprint(journal.batch_at(edits)) for edits in sorted(wanted)}
     check_writable(path_of(folder, 0))
     return _Run(folder, str(manifest.get("label") or folder.name), moments)
@@ -113,13 +107,6 @@ def _measured(run: _Run, suite: Suite, device: torch.device, tell: Any) -> Momen
         model, tokenizer = (None, None) if live is None else (live.model, live.tokenizer)
         found[edits] = kept.measure(edits, weights, model, tokenizer, lambda name: tell(1))
     return found
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError("--at", text, "numbers with commas between them", "Write 0,500,1000.") from None
 
 
 # ---- a model ----

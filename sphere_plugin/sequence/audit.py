@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sphere_plugin.data import Record, read_records
+from sphere_plugin.data import Record
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.evaluation.auditor import Auditor, Measured
@@ -21,8 +21,7 @@ from sphere_plugin.evaluation.paraphrases import RECORD, TEMPLATES, Probe, Sourc
 from sphere_plugin.evaluation.responses import Sampling
 from sphere_plugin.files import check_writable, fingerprint
 from sphere_plugin.journaling.revisit import Revisited, opened
-from sphere_plugin.sequence.manifest import data_digest
-from sphere_plugin.sequence.settings import RunSettings
+from sphere_plugin.sequence.finished import facts_of
 
 # Neighbourhood prompts of a fact: S2 and S3 of the paper's Table 2.
 AROUND = 2
@@ -211,26 +210,3 @@ class RunAudit:
 
 def _once(probes: Iterable[Probe]) -> list[Probe]:
     return list(dict.fromkeys(probes))
-
-
-def facts_of(folder: Path, manifest: Mapping[str, Any], data: Path | None) -> list[Record]:
-    """The facts of a run in the order of editing.
-
-    Args:
-        folder: of the run.
-        manifest: of it.
-        data: its file of facts, where that is not where the run found it.
-
-    Raises:
-        ConfigError: the file is not there.
-        CacheError: it is another one.
-    """
-    settings = RunSettings.from_mapping(manifest.get("settings") or {})
-    path = data or settings.data
-    if path is not None and not path.is_file():
-        raise ConfigError(f"facts of {folder}", str(path), "the run's file of facts", "Say where it is with --data.")
-    known = (manifest.get("data") or {}).get("sha256")
-    if data_digest(path) != known:
-        remedy = "Give the file that the run edited."
-        raise CacheError(f"facts of {folder}", data_digest(path), f"{known}, as in the manifest", remedy)
-    return read_records(path, settings.edits, settings.order)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.evaluation.audits import FOLDER, KINDS, TITLES, grown, lowered
@@ -15,7 +14,7 @@ from sphere_plugin.evaluation.uncertainty import Change
 from sphere_plugin.journaling import run_lock
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.audit import Options, RunAudit
-from sphere_plugin.sequence.manifest import NAME
+from sphere_plugin.sequence.finished import moments_of, runs_in
 
 _HEADS = ("edits", "prompts", "U before", "U after", "ΔU", "95 % from", "to", "aleatoric", "epistemic")
 
@@ -51,13 +50,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
     Raises:
         ConfigError: a value out of its range.
     """
-    try:
-        at = () if arguments.at is None else tuple(int(part) for part in arguments.at.split(","))
-    except ValueError:
-        remedy = "Write 100,500,1000, or leave it out for all edits."
-        raise ConfigError("--at", arguments.at, "numbers with commas between them", remedy) from None
     return Options(
-        at=at,
+        at=() if arguments.at is None else moments_of(arguments.at),
         facts=arguments.facts,
         around=arguments.neighbours,
         paraphrases=arguments.paraphrases,
@@ -67,19 +61,6 @@ def options_of(arguments: argparse.Namespace) -> Options:
         model=arguments.model,
         device=arguments.device,
     )
-
-
-def runs_in(target: Path) -> list[Path]:
-    """The run folders that ``target`` stands for: itself, or those in it.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    found = [target] if (target / NAME).exists() else sorted(path.parent for path in target.glob(f"*/{NAME}"))
-    if not found:
-        remedy = "Give what `sphere run --out` wrote."
-        raise ConfigError(str(target), f"no {NAME} in it", "the folder of a run or of a comparison", remedy)
-    return found
 
 
 def table(runs: Sequence[RunAudit], at: Sequence[int]) -> list[str]:

@@ -12,11 +12,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from sphere_plugin.data import Record, read_records
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.config import ALPHA_OF, EditingConfig, check_number
 from sphere_plugin.editing.statistics import key_moments
-from sphere_plugin.errors import CacheError, ConfigError
+from sphere_plugin.errors import ConfigError
 from sphere_plugin.files import check_writable, read_json, write_json
 from sphere_plugin.geometry import neurons
 from sphere_plugin.geometry.interference import null_dimension
@@ -24,8 +23,8 @@ from sphere_plugin.journaling.disk import plain
 from sphere_plugin.journaling.revisit import Revisited, opened, put
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.demo import held_out
+from sphere_plugin.sequence.finished import facts_of, moments_of, runs_in
 from sphere_plugin.sequence.hidden import Step, Strength, numbers
-from sphere_plugin.sequence.manifest import NAME, data_digest
 from sphere_plugin.sequence.protected import EDITED, Keys, edited, protected
 from sphere_plugin.sequence.settings import RunSettings
 
@@ -73,7 +72,8 @@ class Options:
 def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     """Diagnose every run in a folder; returns the exit code and what to say."""
     text, data = (None if one is None else one.expanduser().resolve() for one in (arguments.text, arguments.data))
-    options = Options(_moments(arguments.at), arguments.keys, arguments.seed, text, data, arguments.model)
+    at = None if arguments.at == EVERY else moments_of(arguments.at)
+    options = Options(at, arguments.keys, arguments.seed, text, data, arguments.model)
     target = arguments.target.expanduser()
     jobs = [Diagnosis(folder, options) for folder in runs_in(target)]
     if not any(job.batches for job in jobs):
@@ -82,29 +82,6 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     told = [(job.label, job.go(Bars())) for job in jobs]
     beyond = [f"{job.label}: {job.edits} edits so far, not {list(job.beyond)}" for job in jobs if job.beyond]
     return 0, [*table(told), *beyond, "", f"sphere report {target}"]
-
-
-def runs_in(target: Path) -> list[Path]:
-    """The run folders at or below ``target``, sorted.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    found = sorted(path.parent for path in target.rglob(NAME))
-    if not found:
-        remedy = "Give what `sphere run --out` wrote, or a folder of such folders."
-        raise ConfigError(str(target), f"no {NAME} in it or below", "the folder of a run", remedy)
-    return found
-
-
-def _moments(text: str) -> tuple[int, ...] | None:
-    if text == EVERY:
-        return None
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        remedy = "Write 100,500,1000, or leave it out for every batch."
-        raise ConfigError("--at", text, "numbers with commas between them", remedy) from None
 
 
 class Diagnosis:
@@ -132,7 +109,7 @@ class Diagnosis:
         self._hparams: Mapping[str, Any] = (self.manifest.get("method") or {}).get("hparams") or {}
         settings = RunSettings.from_mapping(self.manifest.get("settings") or {})
         self._text = held_out(options.text or settings.text)
-        self._records = self._facts(options.data or settings.data, settings)
+        self._records = facts_of(folder, self.manifest, options.data)
         self._strength = self._unprojected()
         self.edits = int(self.journal.record(len(self.journal))["edits"]) if len(self.journal) else 0
         self.beyond = tuple(edits for edits in options.at or () if edits > self.edits)
@@ -206,16 +183,6 @@ class Diagnosis:
         if self.options.at is None:
             return list(range(1, len(self.journal) + 1))
         return [self.journal.batch_at(edits) for edits in self.options.at if edits <= self.edits]
-
-    def _facts(self, path: Path | None, settings: RunSettings) -> list[Record]:
-        if path is not None and not path.is_file():
-            remedy = "Say where it is now with --data."
-            raise ConfigError(f"facts of {self.folder}", str(path), "the file of facts of the run", remedy)
-        known = (self.manifest.get("data") or {}).get("sha256")
-        if data_digest(path) != known:
-            remedy = "Give the file that the run edited."
-            raise CacheError(f"facts of {self.folder}", data_digest(path), f"{known}, as in the manifest", remedy)
-        return read_records(path, settings.edits, settings.order)
 
     def _unprojected(self) -> Strength | None:
         """η and α to project the updates of an entry without SPHERE with; None for an entry with a variant."""

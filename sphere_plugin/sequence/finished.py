@@ -1,0 +1,61 @@
+"""What every look at runs as they lie on disk begins with: which runs, which facts, which moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sphere_plugin.data import Record, read_records
+from sphere_plugin.errors import CacheError, ConfigError
+from sphere_plugin.files import find_folders
+from sphere_plugin.sequence.manifest import NAME, data_digest
+from sphere_plugin.sequence.settings import RunSettings
+
+
+def runs_in(target: Path) -> list[Path]:
+    """The run folders at or below ``target``, sorted: of a run, a comparison, a sweep.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = find_folders(target, NAME)
+    if not found:
+        remedy = "Give what `sphere run --out` wrote, or a folder of such folders."
+        raise ConfigError(str(target), f"no {NAME} in it or below", "the folder of a run", remedy)
+    return found
+
+
+def facts_of(folder: Path, manifest: Mapping[str, Any], data: Path | None) -> list[Record]:
+    """The facts of a run in the order of editing.
+
+    Args:
+        folder: of the run.
+        manifest: of it.
+        data: its file of facts, where that is not where the run found it.
+
+    Raises:
+        ConfigError: the file is not there.
+        CacheError: it is another one.
+    """
+    settings = RunSettings.from_mapping(manifest.get("settings") or {})
+    path = data or settings.data
+    if path is not None and not path.is_file():
+        raise ConfigError(f"facts of {folder}", str(path), "the run's file of facts", "Say where it is with --data.")
+    known = (manifest.get("data") or {}).get("sha256")
+    if data_digest(path) != known:
+        remedy = "Give the file that the run edited."
+        raise CacheError(f"facts of {folder}", data_digest(path), f"{known}, as in the manifest", remedy)
+    return read_records(path, settings.edits, settings.order)
+
+
+def moments_of(text: str) -> tuple[int, ...]:
+    """The numbers of edits in "0,500,1000", sorted.
+
+    Raises:
+        ConfigError: it has something else in it.
+    """
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise ConfigError("--at", text, "numbers with commas between them", "Write 100,500,1000.") from None
