@@ -226,6 +226,8 @@ def test_curves_are_means_over_weights_and_what_projection_leaves(study, found):
     assert curves["Interference on text (% of the output)"] == [(10, pytest.approx(15.0)), (20, pytest.approx(25.0))]
     assert curves["Interference left by P(α) (%)"] == [(10, 50.0), (20, 50.0)]
     assert curves["L_kp left by P(α) (%)"] == [(10, pytest.approx(150.0)), (20, pytest.approx(150.0))]
+    along = 0.1 / (0.8 * 1.2) * 64 / 9
+    assert curves["Update along U, against chance"] == [(10, pytest.approx(along)), (20, pytest.approx(along))]
     assert not interference.TRACES[-1].of(found, study.entries[1])
     plate = interference.plate(study, found)
     assert len(plate.panels) == len(interference.TRACES)

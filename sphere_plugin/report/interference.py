@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Final
 
 from sphere_plugin.report.curves import MANY
@@ -45,6 +46,17 @@ def _left(path: str) -> Callable[[Diagnosed, Entry], list[tuple[int, float]]]:
     return curve
 
 
+def _along(diagnosed: Diagnosed, entry: Entry) -> list[tuple[int, float]]:
+    """‖ΔW U‖² / ‖ΔW‖² against r / d_in: 1 where an update has no more in the principal space than by chance."""
+    found: dict[int, list[float]] = {}
+    for row in diagnosed.of(entry):
+        share, alpha, rank = (row.number(f"projected.{name}") for name in ("removed_share", "alpha", "rank"))
+        width = row.number("width")
+        if share is not None and alpha and rank and width:
+            found.setdefault(row.edits, []).append(share / (alpha * (2.0 - alpha)) * width / rank)
+    return [(edits, fmean(values)) for edits, values in sorted(found.items())]
+
+
 TRACES: Final = (
     Trace("Right vectors, mean norm", _of("right.mean")),
     Trace("Left vectors of the last weight, mean norm", _of("left.mean", last=True)),
@@ -52,6 +64,7 @@ TRACES: Final = (
     Trace("All edits so far on text (% of the output)", _of("inputs.text.drift_relative", 100.0)),
     Trace("L_kp of text (% of Σ‖x‖²)", _of("inputs.text.l_kp_share", 100.0)),
     Trace("L_kp of neighbours (% of Σ‖x‖²)", _of("inputs.neighbours.l_kp_share", 100.0)),
+    Trace("Update along U, against chance", _along),
     Trace("Interference left by P(α) (%)", _left("inputs.text.change.mean")),
     Trace("L_kp left by P(α) (%)", _left("inputs.text.l_kp")),
 )
@@ -69,7 +82,9 @@ def plate(study: Study, diagnosed: Diagnosed) -> Plate:
         "Means over the edited weights. ΔW = U Vᵀ; right vectors are the columns of V, left ones those of U, which "
         "are what the paper on hidden instability measures. Interference: ‖ΔW z‖ / ‖W₀ z‖ of inputs z that the "
         "unedited model has on text no edit is about. L_kp: Σ‖P x‖², P on the span of the right vectors. Left by "
-        "P(α): the updates of an entry without SPHERE, projected afterwards, against as they are."
+        "P(α): the updates of an entry without SPHERE, projected afterwards, against as they are. Along U: the "
+        "squared share of these updates in SPHERE's principal space, divided by r / d_in; 1 is chance, and below it "
+        "there is little to take away."
     )
     return Plate(
         f"{study.key}-interference", "Hidden interference", caption, tuple(panels), study.entries, tuple(missing)
