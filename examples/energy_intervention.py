@@ -1,6 +1,6 @@
 """Does energy cause collapse? Move it up, down or not at all, always by as much weight, and see what the model knows.
 
-RUN is a folder of `sphere run`. Each edited weight, as it was after the last edit, is changed by the same ‖ΔW‖ / ‖W‖:
+RUN is a folder of `sphere run`. Each edited weight, as it was after N edits, is changed by the same ‖ΔW‖ / ‖W‖:
 along the gradient of the energy, against it, in random directions but every neuron as far as the gradient moved it,
 and by a random rotation, which changes no energy. docs/results has what came out.
 """
@@ -22,6 +22,7 @@ from sphere_plugin.sequence.settings import RunSettings
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("run", metavar="RUN", type=Path)
+parser.add_argument("--at", metavar="N", type=int, help="after so many edits (default: all)")
 parser.add_argument("--sizes", default="0.05,0.1", help="‖ΔW‖ / ‖W‖, with commas between them")
 parser.add_argument("--seeds", type=int, default=2, help="of the random changes")
 parser.add_argument("--facts", type=int, default=150, help="score so many edits at most, evenly chosen")
@@ -30,10 +31,11 @@ given = parser.parse_args()
 
 seen = Revisited(given.run)
 settings = RunSettings.from_mapping(seen.manifest["settings"])
-records = read_records(settings.data, settings.edits, settings.order)[: seen.edits]
+edits = given.at or seen.edits
+records = read_records(settings.data, settings.edits, settings.order)[:edits]
 records = records[:: -(-len(records) // given.facts)]
 quality = Quality(seen.model, seen.tokenizer, records, held_out(settings.text))
-seen.go(seen.edits)
+seen.go(edits)
 turn, rows = seen.journal.transposed, []
 base = {name: neurons(weight.detach(), name in turn).double() for name, weight in seen.weights.items()}
 
@@ -46,7 +48,7 @@ def measure(kind: str, size: float, deltas: dict[str, torch.Tensor]) -> None:
     row |= {one: interval(getattr(scores, one)).mean for one in ("efficacy", "generalization", "locality")}
     rows.append(row | {"nll": scores.nll})
     print(*(one if isinstance(one, str) else f"{one:.5f}" for one in rows[-1].values()), sep="\t", flush=True)
-    given.json.write_text(json.dumps({"edits": seen.edits, "facts": len(records), "rows": rows}, indent=1) + "\n")
+    given.json.write_text(json.dumps({"edits": edits, "facts": len(records), "rows": rows}, indent=1) + "\n")
 
 
 print("change", "size", "energy", "efficacy", "generalization", "locality", "nll", sep="\t")

@@ -5,6 +5,7 @@ Needs chromium and chromedriver: `apt-get install chromium chromium-driver`.
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from report_runs import sample_report
@@ -28,6 +29,8 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+COMMITTED = sorted(RESULTS.rglob("report.json"))
 SCREENS = [(scheme, width) for scheme in ("light", "dark") for width in (390, 1440)]
 
 
@@ -108,20 +111,38 @@ def test_text_and_curves_can_be_told_from_the_background(show, scheme):
         assert contrast >= 4.5, f"{selector} {kind}"
 
 
-def test_the_table_is_that_of_the_json(show, out):
-    page = show()
-    stored = json.loads((out / "report.json").read_text())["studies"]
+def tables(page):
+    """The comparison tables as they are read: a row of texts for each method."""
     read = """
         const text = (cell, part) => (cell.querySelector(part) || {textContent: ''}).textContent;
         const number = cell => text(cell, '.mean') + text(cell, '.half') || text(cell, 'i');
         const row = one => [text(one, 'span'), ...[...one.querySelectorAll('td[data-metric]')].map(number)];
         const tables = [...document.querySelectorAll('table.comparison')];
         return tables.map(table => [...table.tBodies[0].rows].map(row))"""
-    wanted = [
+    return page.execute_script(read)
+
+
+def stored_tables(path):
+    """The same from a report.json."""
+    studies = json.loads(path.read_text())["studies"]
+    return [
         [[row["method"], *(value["shown"] for value in row["values"].values())] for row in study["table"]]
-        for study in stored
+        for study in studies
     ]
-    assert page.execute_script(read) == wanted
+
+
+def test_the_table_is_that_of_the_json(show, out):
+    assert tables(show()) == stored_tables(out / "report.json")
+
+
+@pytest.mark.parametrize("numbers", COMMITTED, ids=lambda path: str(path.relative_to(RESULTS).parent))
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_committed_reports_open_and_show_the_numbers_of_their_json(show, numbers, width):
+    page = show(width=width, page=numbers.with_name("report.html"))
+    wanted = stored_tables(numbers)
+    assert wanted and tables(page) == wanted
+    assert page.get_log("browser") == []
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def test_a_method_can_be_hidden_and_shown(show):
