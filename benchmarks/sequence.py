@@ -1,17 +1,20 @@
 """A run of a thousand edits: is its memory constant, and what does following the energy cost.
 
     OMP_NUM_THREADS=1 python benchmarks/sequence.py --data counterfact-edit.json [--edits 1000] [--batch-size 50]
-        [--entry memit+sphere] [--json FILE]
+        [--entry memit+sphere] [--steps 10] [--json FILE]
 
 runs `sphere run` in this process, scoring at most a tenth of the edits at the first tenth and at the end. Memory is
-what the process holds (`VmRSS`) after each batch, and the most it has held so far (`VmHWM`). The cost of the monitor
-is the CPU time of one look at all edited weights (energies for s = 0, 1, 2, largest singular value), median of 9,
-against the median CPU time of a batch. Linux only.
+what the process holds (`VmRSS`) after each batch and the scoring behind it, once the C library has given back what is
+free: else it is what the longest batch so far has left behind. "At most" is `VmHWM`. The cost of the monitor is the
+CPU time of one look at all edited weights (energies for s = 0, 1, 2, largest singular value), median of 9, against the
+median CPU time of a batch. Fewer `--steps` of aiming cost less and change nothing about memory. Linux, glibc.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import re
 import tempfile
@@ -39,12 +42,18 @@ class Watched:
         self.held, self.most = [_status("VmRSS")], [_status("VmHWM")]
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Note the end of a batch."""
+        """Note the end of a batch, and of scoring behind it."""
+        if what != "edits" and not what.startswith("scoring"):
+            return
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         if what == "edits" and done:
             self.edits.append(self.edits[-1] + done)
             self.seconds.append(time.process_time())
             self.held.append(_status("VmRSS"))
             self.most.append(_status("VmHWM"))
+        elif what.startswith("scoring"):
+            self.held[-1], self.most[-1] = _status("VmRSS"), _status("VmHWM")
 
     def at(self, edits: int) -> tuple[float, float]:
         """MiB held after so many edits, and the most so far."""
@@ -71,7 +80,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "batch_size": arguments.batch_size,
             "checkpoints": [early],
             "sample": early,
-            "settings": {"all": {"mom2_update_weight": 200}},
+            "settings": {"all": {"mom2_update_weight": 200, "v_num_grad_steps": arguments.steps}},
         }
     )
     watched = Watched()
@@ -93,6 +102,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             str(early): {"held": held, "most": most},
             str(arguments.edits): {"held": held_end, "most": most_end},
         },
+        "batches": [
+            {"edits": n, "held": h, "most": m}
+            for n, h, m in zip(watched.edits, watched.held, watched.most, strict=True)
+        ],
         "held_ratio": held_end / held,
         "most_ratio": most_end / most,
         "monitor_seconds": median(looks),
@@ -114,6 +127,7 @@ def main() -> None:
     parser.add_argument("--entry", default="memit+sphere")
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

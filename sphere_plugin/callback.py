@@ -17,6 +17,7 @@ there is nothing to remember, and when="end" is `project_adapter` in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -162,6 +163,8 @@ class _Guard:
         rank: of the last projection.
         energy: sum of ‖ΔW‖² over projections.
         removed: sum of what was taken away of it.
+        asked: sum of the squared norms of what was to be written.
+        lost: sum of the squared norms of what rounding took of it.
     """
 
     owner: nn.Module
@@ -171,6 +174,8 @@ class _Guard:
     rank: int = 0
     energy: float = 0.0
     removed: float = 0.0
+    asked: float = 0.0
+    lost: float = 0.0
 
     @property
     def matrix(self) -> Tensor:
@@ -186,7 +191,10 @@ class _Guard:
             return  # a frozen layer, or a step that loss scaling has skipped
         kept = self.restrain(self.previous, delta)
         live.copy_(self.previous.to(wide) + kept.delta)
+        missed = live.to(wide) - self.previous.to(wide) - kept.delta
         self.previous.copy_(live)
+        self.asked += float(kept.delta.double().square().sum())
+        self.lost += float(missed.double().square().sum())
         energy = float(delta.double().square().sum())
         self.rank, self.energy, self.removed = (
             kept.rank,
@@ -195,7 +203,9 @@ class _Guard:
         )
 
     def summary(self) -> LayerProjection:
-        return LayerProjection(self.rank, self.removed / self.energy if self.energy else 0.0, self.energy)
+        share = self.removed / self.energy if self.energy else 0.0
+        lost = math.sqrt(self.lost / self.asked) if self.asked else 0.0
+        return LayerProjection(self.rank, share, self.energy, lost)
 
 
 def _weight_guard(layer: nn.Module, config: SphereConfig, when: When) -> _Guard:

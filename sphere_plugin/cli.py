@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from sphere_plugin._version import __version__
 from sphere_plugin.errors import ConfigError, SphereError
+from sphere_plugin.parallel.environment import processes
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -20,10 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        _check_processes(arguments)
         return int(arguments.run(arguments))
     except SphereError as error:
         print(f"sphere: {error}", file=sys.stderr)
         return 1
+
+
+def _check_processes(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for a command that several processes would each do as a whole."""
+    count = processes()
+    if count > 1 and arguments.run not in (_run, _audit):
+        command = f"sphere {arguments.run.__name__.strip('_').replace('_', '-')}"
+        raise ConfigError(command, f"{count} processes", "one", "Start it without torchrun.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,6 +205,13 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--out", metavar="DIR", type=Path, help="folder for the run")
 
 
+def _say(code: int, lines: list[str]) -> int:
+    """Print what a command has to say, and return its exit code."""
+    if lines:
+        print("\n".join(lines))
+    return code
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from sphere_plugin.report import draw, table
     from sphere_plugin.sequence.demo import Demo, demo_hparams, held_out, run_demo
@@ -221,9 +238,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)  # what is logged below that goes to the log of the run
-    code, lines = run(arguments)
-    print("\n".join(lines))
-    return code
+    return _say(*run(arguments))
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -231,9 +246,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)
-    code, lines = run(arguments)
-    print("\n".join(lines))
-    return code
+    return _say(*run(arguments))
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -260,25 +273,19 @@ def _checkpoints(text: str | None, edits: int, batch_size: int) -> tuple[int, ..
 def _diagnose(arguments: argparse.Namespace) -> int:
     from sphere_plugin.sequence.diagnose import run
 
-    code, lines = run(arguments)
-    print("\n".join(lines))
-    return code
+    return _say(*run(arguments))
 
 
 def _abilities(arguments: argparse.Namespace) -> int:
     from sphere_plugin.sequence.abilities_command import run
 
-    code, lines = run(arguments)
-    print("\n".join(lines))
-    return code
+    return _say(*run(arguments))
 
 
 def _audit(arguments: argparse.Namespace) -> int:
     from sphere_plugin.sequence.audit_command import run
 
-    code, lines = run(arguments)
-    print("\n".join(lines))
-    return code
+    return _say(*run(arguments))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

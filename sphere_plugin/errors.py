@@ -20,6 +20,10 @@ class SphereError(Exception):
         self.remedy = remedy
         super().__init__(f"{culprit}: got {got!r}, expected {expected}. {remedy}")
 
+    def __reduce__(self) -> tuple[type[SphereError], tuple[str, object, str, str]]:
+        """From process to process."""
+        return type(self), (self.culprit, self.got, self.expected, self.remedy)
+
 
 class ConfigError(SphereError, ValueError):
     """A hyper-parameter, a YAML key or a command-line value."""
@@ -39,3 +43,7 @@ class HostError(SphereError, ImportError):
 
 class CacheError(SphereError, OSError):
     """A file of ours on disk that cannot be read or written."""
+
+
+class RanksError(SphereError, RuntimeError):
+    """Another process of a run that several share."""

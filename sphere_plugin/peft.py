@@ -122,8 +122,9 @@ def project_saved_adapter(
     strange = titles.keys() ^ {key for key in tensors if ".lora_A." in key}
     if strange:
         raise _wrong_base(base, source, f"{min(strange)} is only in one of them")
-    projected = project_layers(layers, "default", config)
-    tensors.update({key: projected[title][0].to(tensors[key].dtype) for key, title in titles.items()})
+    dtypes = {title: tensors[key].dtype for key, title in titles.items()}  # PEFT loads 16 bits as float32
+    projected = project_layers(layers, "default", config, dtypes)
+    tensors.update({key: projected[title][0] for key, title in titles.items()})
     report = reported(target.name, {title: layer for title, (_, layer) in projected.items()})
     with atomic_folder(target, keep=refuse_existing) as folder:
         write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
@@ -202,9 +203,9 @@ def base_weight(layer: Any) -> Tensor:
 
 
 def project_layers(
-    layers: Mapping[str, Any], name: str, config: SphereConfig
+    layers: Mapping[str, Any], name: str, config: SphereConfig, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> dict[str, tuple[Tensor, LayerProjection]]:
-    """Compute the projected A [r, d_in] of adapter ``name`` in every layer, in A's dtype, and write nothing.
+    """Compute the projected A [r, d_in] of adapter ``name`` by layer, in A's dtype or ``dtypes``; write nothing.
 
     Raises:
         ModelError: a base weight has no principal space; the message names the layer.
@@ -218,9 +219,14 @@ def project_layers(
             raise ModelError(f"{title}: {error.culprit}", error.got, error.expected, error.remedy) from error
         wide = torch.promote_types(a.dtype, torch.float32)
         # With B = Q R, Q's columns orthonormal, s R A [r, d_in] has the norms of ΔW [d_out, d_in] before and behind U.
-        update = layer.scaling[name] * (torch.linalg.qr(b.to(wide), mode="r").R @ a.to(wide))
+        small = torch.linalg.qr(b.to(wide), mode="r").R
+        update = layer.scaling[name] * (small @ a.to(wide))
         share, energy = space.removed_share(update, config.alpha), float(update.double().square().sum())
-        results[title] = space.project(a, config.alpha), LayerProjection(space.rank, share, energy)
+        exact = space.project(a.to(wide), config.alpha)
+        projected = exact.to(a.dtype if dtypes is None else dtypes[title])
+        asked = float(torch.linalg.vector_norm(small @ exact))
+        lost = float(torch.linalg.vector_norm(small @ (projected - exact))) / asked if asked else 0.0
+        results[title] = projected, LayerProjection(space.rank, share, energy, lost)
     return results
 
 
@@ -327,7 +333,8 @@ def _wrong_base(base: str, source: Path, why: str) -> ModelError:
 
 
 def _record(report: ProjectionReport, base: str, config: SphereConfig) -> dict[str, Any]:
-    layers = {n: {"rank": x.rank, "removed_share": x.removed_share} for n, x in report.layers.items()}
+    told = ("rank", "removed_share", "rounding_loss")
+    layers = {n: {key: getattr(x, key) for key in told} for n, x in report.layers.items()}
     chosen = {"eta": config.eta, "alpha": config.alpha, "row_normalize": config.row_normalize}
     return {**chosen, "base": base, "removed_share": report.removed_share, "layers": layers}
 

@@ -19,11 +19,14 @@ class LayerProjection:
         rank: k, the number of principal directions of the layer's weight.
         removed_share: share of the update's squared Frobenius norm that was taken away, in [0, 1].
         energy: that squared norm before the projection; over all steps if there were several.
+        rounding_loss: share of the projected update's norm that its dtype could not hold, a root of sums of squares
+            over steps: ‖written − projected‖ / ‖projected‖.
     """
 
     rank: int
     removed_share: float
     energy: float
+    rounding_loss: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,17 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Processes that share work, as torchrun starts them, at once: see `pico_ranks.Launcher`."""
+    from pico_ranks import launcher
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPHERE_PLUGIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        with launcher() as ready:
+            yield ready
+
+
+@pytest.fixture(scope="session")
 def sphere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The command, in processes that start at once and can be killed: see `pico_runs.Server`."""
     from pico_runs import server

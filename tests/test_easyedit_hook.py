@@ -113,6 +113,19 @@ def test_rect_comes_before_sphere(bench: Bench, writing: Callable) -> None:
     assert (down(editor) - before - other).norm() > 0.1 * other.norm()
 
 
+def test_what_rounding_took_of_a_restrained_update_is_told(bench: Bench, writing: Callable) -> None:
+    editor = writing(adding(1, 0.01), sphere={"alpha": 0.5})
+    editor.model.bfloat16()
+    before = down(editor)
+    bench.edit(editor, FACTS[:1])
+    (touched,) = [one for one in editor.apply_algo.touched if one.name == DOWN]
+    delta = (before.float() + 0.01 * noise(1)).bfloat16().float() - before.float()  # as FT wrote it: rounded
+    asked = SphereConfig(alpha=0.5).bind(before)(before.float(), delta).delta
+    lost = (down(editor).float() - before.float() - asked).norm() / asked.norm()
+    assert 0.01 < lost < 0.5
+    assert touched.rounding_loss == pytest.approx(float(lost), rel=1e-3)
+
+
 def test_prune_looks_at_everything_since_before_the_first_edit(bench: Bench, writing: Callable) -> None:
     editor = writing(adding(1, 2.0), adding(2, 2.0), prune=True)
     before = down(editor)

@@ -835,7 +835,7 @@ BAD_SETTINGS = {
         "model.layers.1.input_layernorm.weight",
         "LlamaRMSNorm",
         "two-dimensional",
-        "edit a LoRA",
+        "Name the linear layer",
     ),
     "a loss layer below the edits": ({"v_loss_layer": 1}, "v_loss_layer", "1", "from 2 to 3", "Leave it out"),
     "a loss layer above the model": ({"v_loss_layer": 31}, "v_loss_layer", "31", "from 2 to 3", "Leave it out"),

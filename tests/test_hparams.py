@@ -361,6 +361,9 @@ BAD: dict[str, list[Any]] = {
     "rect": ["yes", 0, 0.4, [0.4], SphereConfig()],  # None is allowed
     "prune": ["yes", 1, math.e, [2], RectConfig()],  # None is allowed
     "fp16": ["no", 1, None],
+    "bf16": ["no", 1, None],
+    "master_copy": ["no", 1, None],
+    "stats_device": ["", "mps", "gpu", "cuda:x", 0, True],  # None is allowed
     "model_parallel": ["x", 1, None],
     "max_length": NO_COUNT,
     "device": ["", None, True, 1.5, -1, "mps"],

@@ -164,6 +164,25 @@ def test_an_editor_knows_the_edits_that_stayed_and_no_others(bench: Bench, caplo
     assert "are forgotten" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("taken", [1, 2])
+def test_master_copies_go_back_with_the_edits(
+    taken: int, kind: str, bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"base_method": "MEMIT", "bf16": True, "master_copy": True}
+    editor, other = (sphere_editor(bench, kind, **settings) for _ in range(2))
+    for fact in (*FACTS[: 3 - taken], FACTS[2]):
+        bench.edit(other, [fact])
+    with sp.journal(editor) as j:
+        for fact in FACTS:
+            bench.edit(editor, [fact])
+        j.undo(taken)
+        bench.edit(editor, [FACTS[2]])
+    assert same(copies(editor.model), copies(other.model))
+    assert same(editor.apply_algo.editor.masters, other.apply_algo.editor.masters)
+    assert "master copies" not in caplog.text
+
+
 def test_a_batch_is_one_edit(bench: Bench) -> None:
     editor = sphere_editor(bench, "llama", batch_size=2)
     before = copies(editor.model)

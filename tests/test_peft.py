@@ -224,6 +224,47 @@ def test_sixteen_bits_are_projected_in_float32_and_cast_once(own: bool) -> None:
     assert torch.isfinite(logits(model)).all()
 
 
+def lost(layer: nn.Module, raw: torch.Tensor, written: torch.Tensor, alpha: float) -> float:
+    """Share of s·B·A P⊥ that is missing in s·B·A', in float64."""
+    base = layer.get_base_layer()
+    rows = neurons(base.weight, is_transposed(base)).detach().double()
+    basis = PrincipalSpace.fit(rows).basis
+    side = layer.scaling["default"] * layer.lora_B["default"].weight.detach().double()
+    exact = side @ (raw.double() - alpha * (raw.double() @ basis) @ basis.T)
+    return float((side @ written.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_share_that_rounding_takes_is_that_of_the_update(kind: str, dtype: torch.dtype, alpha: float) -> None:
+    model = lora(kind, use_rslora=True)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # the base stays float32
+            parameter.data = parameter.data.to(dtype)
+    report = project_adapter(model, "default", SphereConfig(alpha=alpha))
+    for name, layer in layers(model).items():
+        line = report.layers[name.removeprefix("base_model.model.")]
+        old, new = (layer.lora_A[one].weight.detach() for one in ("default", "default-sphere"))
+        assert new.dtype == dtype
+        if dtype == torch.float32:
+            assert line.rounding_loss == 0.0 and lost(layer, old, new, alpha) < 1e-5
+        else:
+            assert line.rounding_loss == pytest.approx(lost(layer, old, new, alpha), rel=5e-3)
+            assert 1e-5 < line.rounding_loss < 1e-2
+
+
+def test_nothing_is_lost_where_nothing_is_taken_or_there_is_nothing() -> None:
+    model = lora(dtype=torch.bfloat16).to(torch.bfloat16)
+    copied = project_adapter(model, "default", SphereConfig(alpha=0.0), "copy")
+    assert {line.rounding_loss for line in copied.layers.values()} == {0.0}
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.lora_B["default"].weight.zero_()
+    empty = project_adapter(model, "default", ALL, "empty")
+    assert {line.rounding_loss for line in empty.layers.values()} == {0.0}
+
+
 def test_one_of_several_adapters_on_other_layers_is_projected() -> None:
     model = lora(target_modules=["down_proj"])
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
@@ -397,13 +438,35 @@ def test_a_saved_adapter_goes_from_folder_to_folder(kind: str, dtype: torch.dtyp
     record = json.loads((tmp_path / "held" / "sphere.json").read_text())
     assert (record["eta"], record["alpha"], record["base"]) == (0.4, 0.9, str(base))
     name, line = next(iter(report.layers.items()))
-    assert record["layers"][name] == {"rank": line.rank, "removed_share": line.removed_share}
+    told = ("rank", "removed_share", "rounding_loss")
+    assert record["layers"][name] == {key: getattr(line, key) for key in told}
     assert record["removed_share"] == pytest.approx(report.removed_share) and 0 < report.removed_share < 1
 
     loaded = peft.PeftModel.from_pretrained(pico(kind)[0], str(tmp_path / "held")).eval()
     live = peft.PeftModel.from_pretrained(pico(kind)[0], str(tmp_path / "raw")).eval()
     project_adapter(live, "default", config)
     torch.testing.assert_close(logits(loaded), logits(live), atol=1e-5 if dtype == torch.float32 else 0.1, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_the_files_of_an_adapter_cannot_hold_is_told(dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT works in float32 on an adapter of 16 bits; what is written is rounded all the same."""
+    base = save_pico("llama", tmp_path / "base")
+    lora().to(dtype).save_pretrained(tmp_path / "raw")
+    report = project_saved_adapter(tmp_path / "raw", tmp_path / "held", str(base), ALL)
+    record = json.loads((tmp_path / "held" / "sphere.json").read_text())
+    raw, held = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("raw", "held"))
+    live = peft.PeftModel.from_pretrained(pico("llama")[0], str(tmp_path / "raw"))
+    assert len(report.layers) == 8
+    for title, layer in layers(live).items():
+        name, key = title.removeprefix("base_model.model."), f"{title}.lora_A.weight"
+        found = report.layers[name].rounding_loss
+        assert record["layers"][name]["rounding_loss"] == found
+        if dtype == torch.float32:
+            assert found == 0.0
+        else:
+            assert found == pytest.approx(lost(layer, raw[key], held[key], 1.0), rel=5e-3)
+            assert 1e-5 < found < 1e-2
 
 
 def test_alpha_zero_gives_the_same_tensors(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from sphere_plugin.files import fingerprint, read_json
 from sphere_plugin.journaling import Journal
 from sphere_plugin.journaling.exporting import export
 from sphere_plugin.report.read import read_run
-from sphere_plugin.sequence import runner
+from sphere_plugin.sequence import crew, runner
 from sphere_plugin.sequence.monitor import ORDERS
 from sphere_plugin.sequence.runner import Run, resume, start
 
@@ -182,7 +182,7 @@ WRONG = {
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     key: str, value: object, told: str, hparams: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(runner.Run, "_open", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(crew.Crew, "_open", lambda *_: pytest.fail("a model was loaded"))
     yaml = write_yaml(tmp_path / "run.yaml", {**mapping(hparams, "memit"), key: value})
     assert main(["run", str(yaml), "--out", str(tmp_path / "out")]) == 1
     said = " ".join(capsys.readouterr().err.split())
@@ -191,7 +191,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(
 
 
 def test_what_is_missing_is_named(hparams: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(runner.Run, "_open", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(crew.Crew, "_open", lambda *_: pytest.fail("a model was loaded"))
     for key in ("entries", "edits"):
         yaml = write_yaml(tmp_path / "run.yaml", {**mapping(hparams, "memit"), key: None})
         assert main(["run", str(yaml), "--out", str(tmp_path / "out")]) == 1

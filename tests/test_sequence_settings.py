@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,9 @@ def test_a_plan_starts_nothing(entry: str, hparams: Path, tmp_path: Path, capsys
     monkeypatch.setattr(runner, "Targets", lambda *_: pytest.fail("targets were searched for"))
     assert main(["run", str(path), "--plan", *shares]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"{label(entry)}: ") and "of editing and" in said and "(from 2 facts;" in said
+    assert said.startswith(label(entry)) and "of editing and" in said and "(from 2 facts;" in said
+    needs = re.search(rf"^{re.escape(label(entry))}, batches of 2: needs [\d.]+ MiB on cpu while", said, re.M)
+    assert bool(needs) == (entry != "ft")  # of our own editor formulas are known
     assert not list((tmp_path / "here").iterdir()) and not list((tmp_path / "temporary").iterdir())
     kept = {one.name for one in (tmp_path / "cache").iterdir()} if (tmp_path / "cache").exists() else set()
     assert kept == ({"statistics"} if entry != "ft" else set())

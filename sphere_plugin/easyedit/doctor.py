@@ -20,14 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from sphere_plugin.easyedit.host import Host
+from sphere_plugin.easyedit.hparams import dtype_of
 from sphere_plugin.easyedit.keys import Asked, asked_of, refusal
 from sphere_plugin.easyedit.methods import METHODS, OWN, Method
 from sphere_plugin.easyedit.reading import load_any
 from sphere_plugin.easyedit.registration import register, unregister
 from sphere_plugin.easyedit.targets import find_weights
+from sphere_plugin.editing.budget import Batch
+from sphere_plugin.editing.needs import Where, shape_of, told
 from sphere_plugin.errors import HostError, ModelError, SphereError
 from sphere_plugin.files import cache_folder, check_writable
 from sphere_plugin.geometry import PrincipalSpace, is_transposed, neurons
+from sphere_plugin.models.memory import free_bytes, in_words
+from sphere_plugin.models.quantised import REMEDY, quantised_by
 from sphere_plugin.models.stored import stored_weight, structure
 from sphere_plugin.restraints import SphereConfig
 
@@ -35,7 +40,6 @@ Verdict = Literal["ok", "note", "missing"]
 
 LIBRARIES: Final = ("torch", "transformers", "safetensors", "peft", "accelerate", "datasets")
 MEASURED: Final = 3  # weights whose principal space is found: the first, the middle, the last
-_MIB: Final = 2**20
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,10 @@ def examine(path: Path | None = None) -> list[Finding]:
 def _machine() -> Iterator[Finding]:
     yield Finding("Python", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores")
     if not torch.cuda.is_available():
-        yield Finding("devices", f"cpu only, {_size(_free('cpu'))} free; write `device: cpu`")
+        yield Finding("devices", f"cpu only, {in_words(free_bytes('cpu'))} free; write `device: cpu`")
     for number in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(number)
-        yield Finding("devices", f"cuda:{number}, {name}, {_size(_free(f'cuda:{number}'))} free")
+        yield Finding("devices", f"cuda:{number}, {name}, {in_words(free_bytes(f'cuda:{number}'))} free")
 
 
 def _libraries() -> Iterator[Finding]:
@@ -107,22 +111,6 @@ def _cache() -> Iterator[Finding]:
         yield Finding("cache", str(error), "missing")
     else:
         yield Finding("cache", str(folder))
-
-
-def _free(device: str) -> int | None:
-    """Bytes that are free on a device; None where nobody says."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return "an unknown amount"
-    return f"{count / _MIB:.1f} MiB" if count < 1024 * _MIB else f"{count / _MIB / 1024:.1f} GiB"
 
 
 # ---- a YAML ----
@@ -152,9 +140,13 @@ def _settings(path: Path, host: Host) -> Iterator[Finding]:
     weights = {name: weight for name, weight in _touched(model, hparams, what).items() if weight.dim() == 2}
     yield Finding("weights", f"{len(weights)} may be changed: {', '.join(_ends(list(weights)))}")
     sphere = asked.sphere if asked is not None else hparams.sphere() if name in OWN else None
-    half = bool(getattr(hparams, "fp16", False))
-    yield from _cost(model, weights, hparams, half)
-    if sphere is not None and sphere.alpha:
+    packed = quantised_by(model.config)
+    if packed is not None:
+        wrong = what.writes != "adapter"
+        more = REMEDY if wrong else "r is not measured."
+        yield Finding("quantised", f"the model is quantised ({packed}); {more}", "missing" if wrong else "note")
+    yield from _needs(model, hparams) if name in OWN else _cost(model, weights, hparams)
+    if sphere is not None and sphere.alpha and packed is None:
         yield from _measured(model, hparams.model_name, list(weights), sphere)
 
 
@@ -203,25 +195,45 @@ def _touched(model: nn.Module, hparams: Any, what: Method) -> dict[str, nn.Param
     return chosen
 
 
-def _cost(model: nn.Module, weights: Mapping[str, Tensor], hparams: Any, half: bool) -> Iterator[Finding]:
+def _needs(model: nn.Module, hparams: Any) -> Iterator[Finding]:
+    """What our own editor needs on each device, by its formulas."""
+    device = _device(hparams.device)
+    yield from _absent("device", device)
+    config, dtype = hparams.editing(), dtype_of(hparams)
+    yield from _absent("stats_device", config.stats_device or "cpu")
+    try:
+        shape = shape_of(model, config)
+    except (AttributeError, ModelError):  # a module that is not there is told above
+        return
+    where = Where(device, dtype.itemsize, hparams.model_parallel)
+    for text, short in told(shape, config, Batch(hparams.batch_size), where):
+        yield Finding("memory", f"{str(dtype).removeprefix('torch.')}, {text}", "missing" if short else "ok")
+
+
+def _cost(model: nn.Module, weights: Mapping[str, Tensor], hparams: Any) -> Iterator[Finding]:
     """Bytes: the model, a copy of what may change, and the largest weight's arithmetic in float32."""
-    width = 2 if half else 4
+    width = dtype_of(hparams).itemsize
     copies = width * sum(weight.numel() for weight in weights.values())
     largest = max(weights.values(), key=lambda weight: weight.numel())
     # W, its rows at unit length, ΔW and ΔW'; the Gram matrix of the smaller side, its vectors, and LAPACK's copy.
     work = 4 * (4 * largest.numel() + 3 * min(largest.shape) ** 2)
     whole = width * _count(model)
     device = _device(getattr(hparams, "device", "cpu"))
-    free = _free(device) if device == "cpu" or torch.cuda.is_available() else None
+    free = free_bytes(device)
+    dtype = str(dtype_of(hparams)).removeprefix("torch.")
     text = (
-        f"{'float16' if half else 'float32'}: model {_size(whole)}, copies for undo {_size(copies)}, "
-        f"projection {_size(work)}, on {device} with {_size(free)} free; the method's own work comes on top"
+        f"{dtype}: model {in_words(whole)}, copies for undo {in_words(copies)}, "
+        f"projection {in_words(work)}, on {device} with {in_words(free)} free; the method's own work comes on top"
     )
-    if device != "cpu" and not torch.cuda.is_available():
-        yield Finding("device", f"{device} is not on this machine; write `device: cpu`", "missing")
+    yield from _absent("device", device)
     short = free is not None and whole + copies + work > free
     yield Finding("memory", text + ("; too little: use fp16, model_parallel or a smaller model" if short else ""),
                   "missing" if short else "ok")  # fmt: skip
+
+
+def _absent(key: str, device: str) -> Iterator[Finding]:
+    if device != "cpu" and (not torch.cuda.is_available() or free_bytes(device) is None):
+        yield Finding(key, f"{device} is not on this machine; write `{key}: cpu`", "missing")
 
 
 def _device(device: object) -> str:

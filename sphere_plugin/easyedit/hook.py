@@ -190,8 +190,9 @@ class WeightSession:
         kept = torch.where(restrained.delta == delta, written, (weight + restrained.delta).to(live.dtype))
         _check_finite(kept, name, f"{self.name} + {self.asked.label}")
         written.copy_(kept)
-        before, size = neurons(old, transposed), float(delta.norm())
-        return Touched(name, restrained.rank, restrained.removed_share, before, written, size)
+        before, size, asked = neurons(old, transposed), float(delta.norm()), float(restrained.delta.norm())
+        lost = float((written.to(wide) - weight).sub_(restrained.delta).norm()) / asked if asked else 0.0
+        return Touched(name, restrained.rank, restrained.removed_share, before, written, size, lost)
 
 
 def _old_weights(edited: nn.Module, before: Snapshot, returned: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,12 +21,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Literal
 
-import numpy as np
-import torch
-
 from sphere_plugin.easyedit.loader import PreparedLoader, PreparingFinder
 from sphere_plugin.easyedit.standins import PACKAGE, vision_stand_ins
 from sphere_plugin.errors import HostError
+from sphere_plugin.randomness import randomness_kept
 
 HOME_VARIABLE: Final = "EASYEDIT_HOME"
 GET_A_HOST: Final = (
@@ -232,31 +229,13 @@ def _forget_host() -> None:
 def _contained() -> Iterator[None]:
     """Put back what importing EasyEdit changes for the whole process."""
     with ExitStack() as stack:
-        for keep in (_random_states_kept, _root_logger_kept, _launches_kept):
+        for keep in (randomness_kept, _root_logger_kept, _launches_kept):  # main seeds all with 42 as it is imported
             stack.enter_context(keep())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("default")  # where warnings are errors, those of its code would stop the import
         for category in (SyntaxWarning, DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
         yield
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Main seeds Python, numpy and torch with 42 as it is imported."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = torch.cuda.get_rng_state_all() if started else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if started:
-            torch.cuda.set_rng_state_all(devices)
-        else:  # the seed waits for the first use of a GPU; let the one that was meant overtake it
-            torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 @contextmanager

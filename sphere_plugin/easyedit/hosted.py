@@ -7,6 +7,7 @@ import io
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,13 @@ from sphere_plugin.easyedit.hook import WeightSession
 from sphere_plugin.easyedit.methods import METHODS
 from sphere_plugin.easyedit.standins import PACKAGE
 from sphere_plugin.easyedit.targets import weights_of
+from sphere_plugin.editing.account import Touched
 from sphere_plugin.errors import ConfigError
 
 CACHE = "CONTEXT_TEMPLATES_CACHE"
+
+# r, the mean share of its updates that restraints took away, and that rounding took of what they let through.
+Share = tuple[int, float, float]
 
 
 class Hosted:
@@ -61,11 +66,11 @@ class Hosted:
                 found += [one] if isinstance(one, str) else one
         return found
 
-    def apply(self, requests: Sequence[Mapping[str, Any]], number: int) -> dict[str, tuple[int, float]]:
+    def apply(self, requests: Sequence[Mapping[str, Any]], number: int) -> dict[str, Share]:
         """Write a batch: in one call where the method takes batches, one request after the other where not.
 
         Returns:
-            Weight -> (r, mean share of its updates that restraints took away); empty without restraints.
+            Weight -> what restraints did; empty without them.
         """
         self._seed(number)
         editor, session = self.editor, self.editor.apply_algo
@@ -73,13 +78,20 @@ class Hosted:
         whole = [{"ground_truth": "<|endoftext|>", "portability": {}, "locality": {}, **one} for one in requests]
         pieces = [whole] if batcher.is_batchable_method(self.name) else [[one] for one in whole]
         editor.hparams.batch_size = len(pieces[0])
-        told: dict[str, list[tuple[int, float]]] = {}
+        told: dict[str, list[Touched]] = {}
         for piece in pieces:
             with contextlib.redirect_stdout(io.StringIO()):  # EasyEdit's methods print a page per fact
                 session(editor.model, editor.tok, piece, editor.hparams, copy=False, return_orig_weights=False)
             for one in session.touched if isinstance(session, WeightSession) else ():
-                told.setdefault(one.name, []).append((one.rank, one.removed_share))
-        return {name: (parts[-1][0], sum(share for _, share in parts) / len(parts)) for name, parts in told.items()}
+                told.setdefault(one.name, []).append(one)
+        return {
+            name: (
+                parts[-1].rank,
+                fmean(one.removed_share for one in parts),
+                fmean(one.rounding_loss or 0.0 for one in parts),
+            )
+            for name, parts in told.items()
+        }
 
     def _modules(self) -> list[Any]:
         """The module of this method, if it has context templates; it is where the method's function is defined."""

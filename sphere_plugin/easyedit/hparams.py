@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+import torch
 import yaml
 
 from sphere_plugin.easyedit.blocks import SYNONYMS as SYNONYMS
@@ -58,6 +59,13 @@ UNUSED = MappingProxyType(
 _LOOK = "Start from a file in hparams/SPHERE, hparams/RECT or hparams/PRUNE."
 
 
+def dtype_of(hparams: object) -> torch.dtype:
+    """What a model is loaded in for these hyper-parameters, of any method."""
+    if getattr(hparams, "bf16", False):
+        return torch.bfloat16
+    return torch.float16 if getattr(hparams, "fp16", False) else torch.float32
+
+
 @dataclass(kw_only=True)
 class SphereHyperParams(EditingConfig):
     """Everything `BaseEditor.from_hparams` needs to edit with SPHERE.
@@ -72,7 +80,8 @@ class SphereHyperParams(EditingConfig):
         batch_size: facts per batch of ``batch_edit``; ``edit`` takes one at a time and wants 1.
         max_length: tokens EasyEdit's evaluators read of a prompt.
         model_parallel: spread the model over all GPUs, as EasyEdit does.
-        fp16: load the model in float16 (EasyEdit main).
+        fp16: load the model in float16.
+        bf16: load the model in bfloat16.
 
     Raises:
         ConfigError: an unknown key, with the nearest known one, or a value out of its range.
@@ -87,6 +96,7 @@ class SphereHyperParams(EditingConfig):
     max_length: int = 40
     model_parallel: bool = False
     fp16: bool = False
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         self._check_name(self.alg_name)
@@ -95,6 +105,9 @@ class SphereHyperParams(EditingConfig):
         check_number("max_length", self.max_length, 1, whole=True)
         check_flag("model_parallel", self.model_parallel)
         check_flag("fp16", self.fp16)
+        check_flag("bf16", self.bf16)
+        if self.fp16 and self.bf16:
+            raise ConfigError("bf16", True, "false beside fp16: true", "Choose one of them.")
         if isinstance(self.device, str):
             check_text("device", self.device)
             if self.device.startswith("mps"):

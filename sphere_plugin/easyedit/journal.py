@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sphere_plugin._version import __version__
 from sphere_plugin.easyedit.method import Session
@@ -94,7 +94,8 @@ class EditorJournal:
         self._editor = editor
         self._model: nn.Module = editor.model
         weights = _touched(editor, self.method)
-        self.store = Journal.create(folder / "journal", weights, orientations(self._model, weights))
+        turned = orientations(self._model, weights)
+        self.store = Journal.create(folder / "journal", weights, turned, self._masters())
         write_json(folder / "manifest.json", _manifest(editor, self.store))
 
     @property
@@ -124,7 +125,7 @@ class EditorJournal:
         number = edits[-n].batch - 1
         self.store.restore(number, self._live())
         self.store.truncate(number)
-        if n > 1:  # of one edit, and of all, the editor itself can tell from the weights
+        if n > 1 or self.store.mastered.dtypes:  # else the editor itself can tell from the weights
             self._remind(number)
         return edits[-n:]
 
@@ -182,10 +183,10 @@ class EditorJournal:
         updates = {} if report is None else {layer.name: layer.update for layer in report.layers}
         keys = {} if report is None else {self._names()[layer]: one for layer, one in report.keys.items()}
         record = {"edits": self._count() + len(facts), "facts": facts, "seconds": seconds}
-        self.store.append(record, self._live(), updates, keys)
+        self.store.append(record, self._live(), updates, keys, self._masters())
 
     def _remind(self, number: int) -> None:
-        """Have our own editor know the keys of the first ``number`` batches, and of no others.
+        """Have our own editor know the keys of the first ``number`` batches, and of no others, and its master copies.
 
         Edits that were made before the journal was opened are not in it. The editor then says that it starts anew.
         """
@@ -193,7 +194,13 @@ class EditorJournal:
         if editor is None or self.store.fingerprint_of(editor.pretrained.tensors) != self.store.fingerprint(0):
             return
         known = (self.store.keys(batch) for batch in range(1, number + 1))
-        editor.resume({layer: keys[name] for layer, name in self._names().items()} for keys in known if keys)
+        batches = ({layer: keys[name] for layer, name in self._names().items()} for keys in known if keys)
+        editor.resume(batches, self.store.masters_after(number))
+
+    def _masters(self) -> Mapping[str, Tensor]:
+        """Master copies of the weights as they are, of our own editor."""
+        editor = self.method.editor if isinstance(self.method, Session) else None
+        return {} if editor is None else editor.masters
 
     def _names(self) -> dict[int, str]:
         """Layer -> name of its weight, of our own editor."""

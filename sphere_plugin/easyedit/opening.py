@@ -9,33 +9,35 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from sphere_plugin.easyedit.hook import Hooked
 from sphere_plugin.easyedit.host import Host
+from sphere_plugin.easyedit.hparams import dtype_of
 from sphere_plugin.easyedit.keys import asked_of, refusal
 from sphere_plugin.easyedit.method import SphereMethod
 from sphere_plugin.easyedit.methods import METHODS, OWN
 from sphere_plugin.easyedit.patches import Patches
 from sphere_plugin.easyedit.standins import PACKAGE
 from sphere_plugin.editing.requests import read_requests
-from sphere_plugin.errors import ConfigError, RequestError
+from sphere_plugin.errors import ConfigError, ModelError, RequestError
 from sphere_plugin.models import load_model, resolve_model
 from sphere_plugin.models.embedded import EMBEDDED_NAME
+from sphere_plugin.models.placement import input_device
 
 # EasyEdit's other editors, each in the module of that name.
 TEXT_EDITORS: Final = (("concept_editor", "ConceptEditor"), ("safety_editor", "SafetyEditor"))
+# Methods whose code in the PyPI release expects all weights on one device; that of main follows the weights.
+ON_ONE_DEVICE: Final = frozenset(("MEMIT", "ROME"))
 OTHER_EDITORS: Final = (("multimodal_editor", "MultimodalEditor"), ("per_editor", "PerEditor"))
 
 
 def open_editors(host: Host, patches: Patches) -> None:
     """Change how EasyEdit's editors are made, and how BaseEditor reads requests for the methods that are ours."""
-    base = host.base_editor
-    patches.attribute(base, "__init__", _opening(vars(base)["__init__"], repairs=host.kind == "main"))
+    base, main = host.base_editor, host.kind == "main"
+    patches.attribute(base, "__init__", _opening(vars(base)["__init__"], main, repairs=main))
     for name in ("edit", "batch_edit"):
         patches.attribute(base, name, _checked(getattr(base, name), host.kind))
     for editor in _editors(TEXT_EDITORS):
-        patches.attribute(editor, "__init__", _opening(vars(editor)["__init__"], repairs=False))
+        patches.attribute(editor, "__init__", _opening(vars(editor)["__init__"], main, repairs=False))
     for editor in _editors(OTHER_EDITORS):
         patches.attribute(editor, "__init__", _refusing(vars(editor)["__init__"]))
 
@@ -50,7 +52,7 @@ def _editors(names: Sequence[tuple[str, str]]) -> Iterator[type]:
 # ---- when an editor is made ----
 
 
-def _opening(original: Callable[..., None], repairs: bool) -> Callable[..., None]:
+def _opening(original: Callable[..., None], main: bool, repairs: bool) -> Callable[..., None]:
     """``__init__`` of an editor of text: a session of its own for what it calls to edit.
 
     The host chooses its loader, and the tokenizer's class, by words in the model's name or path: a folder called
@@ -68,11 +70,15 @@ def _opening(original: Callable[..., None], repairs: bool) -> Callable[..., None
             _open_loaded(original, self, hparams, *args, **kwargs)
         else:
             original(self, hparams, *args, **kwargs)
+        if str(getattr(hparams, "device", None)) == "meta":  # what the host takes for the device of an offloaded model
+            hparams.device = str(input_device(self.model))
         entry = getattr(self, "apply_algo", None)  # ConceptEditor has none where it edits by prompt
         if isinstance(entry, SphereMethod):
             self.apply_algo = entry.session()
             self.apply_algo.open(self.model, self.tok, hparams)
         elif isinstance(entry, Hooked):
+            if restrained:
+                _check_placed(self.model, hparams.alg_name, main)
             if restrained and any(METHODS[name].reads_right for name in _writers(hparams)):
                 self.tok.padding_side = "right"  # the host forgets some of them
             self.apply_algo = entry.session(hparams, repairs)
@@ -96,13 +102,30 @@ def _writers(hparams: Any) -> tuple[str, ...]:
     return (hparams.alg_name, hparams.base_method) if through else (hparams.alg_name,)
 
 
+def _check_placed(model: Any, method: str, main: bool) -> None:
+    """Refuse a model that lies where EasyEdit's own code for this method cannot edit it.
+
+    Raises:
+        ModelError: weights are offloaded, or on more than one device.
+    """
+    remedy = "Take SPHERE's own editor (alg_name: SPHERE, RECT or PRUNE), which edits such models"
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            got = "offloaded: its values are not in memory"
+            whole = f"{remedy}, or load all of it: more GPUs, a smaller dtype."
+            raise ModelError(name, got, f"a weight in memory, since EasyEdit's {method} reads weights itself", whole)
+    devices = sorted({str(weight.device) for weight in model.parameters()})
+    if not main and len(devices) > 1 and method in ON_ONE_DEVICE:
+        expected = f"one device: this release of EasyEdit mixes devices in {method}"
+        raise ModelError("model", f"weights on {', '.join(devices)}", expected, f"{remedy}, or set EASYEDIT_HOME.")
+
+
 def _open_loaded(original: Callable[..., None], editor: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
     """Make the editor with a model that is loaded already; what words in its name decide is decided here."""
     name = hparams.model_name
     if isinstance(name, str):
-        dtype = torch.float16 if getattr(hparams, "fp16", False) else torch.float32
         device_map = "auto" if getattr(hparams, "model_parallel", False) else None
-        hparams.model_name = load_model(name, dtype=dtype, device_map=device_map)
+        hparams.model_name = load_model(name, dtype=dtype_of(hparams), device_map=device_map)
     try:
         original(editor, hparams, *args, **kwargs)
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sphere_plugin.easyedit.methods import Method
 from sphere_plugin.errors import ModelError
 from sphere_plugin.geometry.neurons import is_transposed
+from sphere_plugin.models.quantised import check_plain
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -83,9 +84,7 @@ def _check_writable(name: str, weight: Tensor) -> None:
     if weight.is_meta:
         remedy = "Load the model so that the edited layers fit into memory: more GPUs, a smaller dtype, or the CPU."
         raise ModelError(name, "offloaded: its values are not in memory", "a weight in memory", remedy)
-    if not weight.is_floating_point():
-        remedy = "Load the model without quantization_config; quantised models can be edited through LoRA."
-        raise ModelError(name, f"numbers of {weight.dtype}", "floating point numbers", remedy)
+    check_plain(name, weight)
 
 
 @dataclass(frozen=True)

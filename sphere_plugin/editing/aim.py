@@ -83,7 +83,8 @@ class _Search:
         self.layer = config.layers[-1]
         rows = [_Row(fact, sentence) for fact, group in enumerate(sentences) for sentence in group]
         self.groups = _groups(anatomy, rows, self.layer)
-        self.start = torch.zeros(len(sentences), self.groups[0].entered.shape[-1], device=anatomy.device)
+        entered = self.groups[0].entered  # δ lies where the aimed layer does
+        self.start = torch.zeros(len(sentences), entered.shape[-1], device=entered.device)
         firsts = {id(group[0]): fact for fact, group in enumerate(sentences)}
         for group in self.groups:
             for number, row in enumerate(group.members):
@@ -166,11 +167,12 @@ class _Group:
     def losses(self, anatomy: Anatomy, delta: Tensor, layer: int, contexts: int, kl_factor: float) -> Tensor:
         """[facts] what this group adds to each fact's loss."""
         facts = torch.tensor([row.fact for row in self.members], device=delta.device)
-        moved = self.entered[:, :1] + delta[facts].to(self.entered)[:, None]
+        entered = self.entered[:, :1]
+        wide = torch.promote_types(entered.dtype, delta.dtype)  # so that the sum is rounded once
+        moved = (entered.to(wide) + delta[facts].to(entered.device, wide)[:, None]).to(entered.dtype)
         hidden = torch.cat([moved, self.entered[:, 1:]], dim=1)
         at_loss = self.recording.run(hidden, layer + 1, anatomy.loss_layer + 1)
-        losses = torch.zeros(delta.shape[0], device=delta.device)
-        losses = losses + self._likelihood(anatomy, at_loss, contexts, delta.shape[0]).to(losses)
+        losses = self._likelihood(anatomy, at_loss, contexts, delta.shape[0]).to(delta)
         essences = [number for number, row in enumerate(self.members) if not row.sentence.targets]
         if not essences or kl_factor == 0.0:
             return losses
@@ -178,7 +180,7 @@ class _Group:
         top, depth = at_loss[index], len(anatomy.decoder)
         if anatomy.loss_layer + 1 < depth:
             top = self.recording.rows(index).run(top, anatomy.loss_layer + 1, depth)
-        now = _log_probabilities(anatomy, top[:, 0])
+        now = _log_probabilities(anatomy, top[:, 0])  # where the head is
         for number, row in enumerate(essences):
             self.initial.setdefault(self.members[row].fact, now[number].detach())
         before = torch.stack([self.initial[self.members[row].fact] for row in essences])
@@ -197,7 +199,8 @@ class _Group:
             return losses
         index = torch.tensor([place[:3] for place in places], device=hidden.device)
         rows, positions, tokens = index.unbind(dim=1)
-        said = _log_probabilities(anatomy, hidden[rows, positions]).gather(1, tokens[:, None])[:, 0]
+        spoken = _log_probabilities(anatomy, hidden[rows, positions])
+        said = spoken.gather(1, tokens.to(spoken.device)[:, None])[:, 0].to(hidden.device)
         shares = torch.tensor([1 / (contexts * len(row.sentence.targets)) for *_, row in places], device=hidden.device)
         facts = torch.tensor([row.fact for *_, row in places], device=hidden.device)
         return losses.index_add(0, facts, -said * shares)
@@ -230,11 +233,12 @@ def _tokens(group: list[Sentence]) -> int:
 
 @contextmanager
 def _no_weight_gradients(anatomy: Anatomy) -> Iterator[None]:
-    wanted = [parameter for parameter in anatomy.model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
+    # By name: an offloaded parameter is another object after every pass.
+    wanted = [name for name, parameter in anatomy.model.named_parameters() if parameter.requires_grad]
+    for name in wanted:
+        anatomy.model.get_parameter(name).requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        for name in wanted:
+            anatomy.model.get_parameter(name).requires_grad_(True)

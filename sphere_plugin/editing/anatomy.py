@@ -12,6 +12,8 @@ from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.geometry.checks import all_finite
 from sphere_plugin.geometry.neurons import is_transposed, neurons, stored
+from sphere_plugin.models.placement import input_device, settle
+from sphere_plugin.models.quantised import check_plain
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Anatomy:
     @property
     def device(self) -> torch.device:
         """Where input ids go."""
-        return next(self.model.parameters()).device
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,11 +88,11 @@ class Anatomy:
 
     @classmethod
     def of(cls, model: nn.Module, config: EditingConfig) -> Anatomy:
-        """Find the parts that ``config`` names in ``model``.
+        """Find the parts that ``config`` names in ``model``; offloaded weights among the rewrites are brought home.
 
         Raises:
             ConfigError: a template matches nothing, or a layer number does not exist; names the nearest module.
-            ModelError: a weight is quantised, not two-dimensional, or holds NaN or infinity.
+            ModelError: a weight is quantised, not two-dimensional, without values, or holds NaN or infinity.
         """
         decoder = _layers(model, config.layer_module_tmp)
         for layer in config.layers:
@@ -114,6 +116,7 @@ class Anatomy:
             head=_module(model, "lm_head_module", config.lm_head_module),
             loss_layer=loss_layer,
         )
+        settle(model, [rewrite.name for rewrite in anatomy.rewrites.values()])
         anatomy.check_finite()
         return anatomy
 
@@ -149,9 +152,9 @@ def _layers(model: nn.Module, template: str) -> list[nn.Module]:
 def _rewrite(model: nn.Module, path: str) -> Rewrite:
     module = _module(model, "rewrite_module_tmp", path)
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
-        got = f"{type(module).__name__} with a {getattr(weight, 'dtype', None)} weight"
-        raise ModelError(
-            f"{path}.weight", got, "a two-dimensional floating-point weight", "Quantised models: edit a LoRA instead."
-        )
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim != 2:
+        got = f"{type(module).__name__} with a weight of {weight.ndim} dimensions"
+        remedy = "Name the linear layer whose rows are to be rewritten."
+        raise ModelError(f"{path}.weight", got, "a two-dimensional floating-point weight", remedy)
+    check_plain(f"{path}.weight", weight)
     return Rewrite(f"{path}.weight", module, is_transposed(module))

@@ -6,12 +6,13 @@ import logging
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from sphere_plugin.editing.aim import Aimed
 from sphere_plugin.editing.locate import Locator
 from sphere_plugin.editing.requests import Fact
-from sphere_plugin.errors import ModelError, RequestError
+from sphere_plugin.errors import ConfigError, ModelError, RequestError
 from sphere_plugin.models.forward import longest_text
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -51,6 +52,15 @@ def check_losses(aimed: Aimed) -> None:
                 "a finite number",
                 "Nothing was written. Lower v_lr, load the model in float32, or check its weights for NaN.",
             )
+
+
+def check_device(device: str | None) -> None:
+    """Raise ConfigError if statistics are to be on a device that this machine has not."""
+    wanted = torch.device(device or "cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        there = "cpu" if not count else f"cpu, or cuda:0 to cuda:{count - 1}"
+        raise ConfigError("stats_device", device, there, "Leave it out for the device of the weights.")
 
 
 def check_attention(model: nn.Module) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+import torch
 
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.restraints import Chain, PruneConfig, RectConfig, Restraint, SphereConfig
@@ -62,6 +65,10 @@ class EditingConfig:
         token_budget: tokens in one pass through the network; bounds memory, and is halved where memory runs out.
         aiming_dtype: "bfloat16" runs the network in it while targets are searched for, with loss and optimizer in
             float32; for GPUs.
+        master_copy: keep a float32 copy of every edited weight of 16 bits, in which updates add up; the weight in the
+            model is its rounding. 4 bytes per entry, and as much again while a batch is written.
+        stats_device: where key statistics are added up and solved with, "cpu" or "cuda:1"; None is the device of each
+            weight. Updates are still made and written on the weight's.
         seed: of the random prefixes and of generated text.
         stats_dir: folder for key statistics; None is the user's cache.
 
@@ -98,6 +105,8 @@ class EditingConfig:
     projection: Projection = "in_loop"
     token_budget: int = 8192
     aiming_dtype: AimingDtype = "float32"
+    master_copy: bool = False
+    stats_device: str | None = None
     seed: int = 0
     stats_dir: str | None = None
 
@@ -114,6 +123,8 @@ class EditingConfig:
         if self.stats_dir is not None:
             check_text("stats_dir", self.stats_dir)
         check_flag("row_normalize", self.row_normalize)
+        check_flag("master_copy", self.master_copy)
+        _check_device(self.stats_device)
         _check_restraint("rect", self.rect, RectConfig)
         _check_restraint("prune", self.prune, PruneConfig)
         for name, least in (("v_num_grad_steps", 1), ("mom2_n_samples", 1), ("token_budget", 64), ("seed", 0)):
@@ -152,6 +163,16 @@ class EditingConfig:
         last = "SPHERE" if self.control is None else f"control ({self.control})"
         asked = {"RECT": self.rect, "PRUNE": self.prune, last: self.sphere().alpha}
         return " + ".join([self.base_method, *(name for name, one in asked.items() if one)])
+
+
+def _check_device(device: object) -> None:
+    good = device is None or device == "cpu"
+    if isinstance(device, str) and device.startswith("cuda"):
+        with suppress(RuntimeError):
+            good = torch.device(device).type == "cuda"
+    if not good:
+        remedy = "Leave it out for the device of the weights; sums need float64, which not every device has."
+        raise ConfigError("stats_device", device, "cpu or a CUDA device, as cuda:1", remedy)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:

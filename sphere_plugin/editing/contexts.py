@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sphere_plugin.models.forward import pad_right
+from sphere_plugin.models.placement import input_device
 
 # Openers that lead into many kinds of sentence. The first five are those of MEMIT's context templates.
 OPENERS = (
@@ -76,7 +77,7 @@ def write_texts(
     padding = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
     starts = [tokenizer([opener])["input_ids"][0] for opener in openers]
     texts: list[str] = []
-    device, own = next(model.parameters()).device, model.generation_config
+    device, own = input_device(model), model.generation_config
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         try:

@@ -7,29 +7,31 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from sphere_plugin.editing.account import EditReport, LayerReport, Touched, log_apply
+from sphere_plugin.editing.account import EditReport, LayerReport, Touched, log_apply, warn_of_rounding
 from sphere_plugin.editing.aim import Aimed, aim
 from sphere_plugin.editing.anatomy import Anatomy, Rewrite
-from sphere_plugin.editing.checks import check_attention, check_losses, check_tokens
+from sphere_plugin.editing.checks import check_attention, check_device, check_losses, check_tokens
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.contexts import Contexts
 from sphere_plugin.editing.corpus import check_source
 from sphere_plugin.editing.history import History
 from sphere_plugin.editing.keys import KeyReader
 from sphere_plugin.editing.locate import Locator
+from sphere_plugin.editing.master import Masters
 from sphere_plugin.editing.replay import check_replay
 from sphere_plugin.editing.requests import Fact, read_request, read_requests
-from sphere_plugin.editing.solve import AlphaEdit, Memit
+from sphere_plugin.editing.shared import Reader, ReadTogether, aimed_together
+from sphere_plugin.editing.solvers import Solvers
 from sphere_plugin.editing.statistics import key_moments
-from sphere_plugin.errors import ModelError
-from sphere_plugin.geometry import Factors, neurons
-from sphere_plugin.geometry.checks import all_finite
+from sphere_plugin.editing.write import rounded_sum
+from sphere_plugin.geometry import Factors, neurons, stored
 from sphere_plugin.journaling import Snapshot, all_or_nothing
+from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.restraints import BoundRestraint, Restrained, memory_of, recall, restrain
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -54,9 +56,6 @@ FREE: Final = frozenset(
     )
     + ("v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor")
 )
-# Share of an update that rounding may swallow before a warning says so.
-ROUNDING: Final = 0.1
-
 # Called with (what, done now, of how many in all).
 Progress = Callable[[str, int, int], None]
 
@@ -69,6 +68,8 @@ class Editor:
         tokenizer: its tokenizer.
         config: what to edit, and how.
         progress: told about the long parts of the work.
+        ranks: processes that share the work (`parallel.joining`). Each has an editor of its own on a copy of the
+            model, and all of them call the same methods with the same arguments; see also :meth:`join`.
 
     Raises:
         ConfigError, ModelError: the model has not what the settings name, or its weights are not finite. Raised
@@ -82,13 +83,19 @@ class Editor:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, config: EditingConfig, progress: Progress | None = None
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: EditingConfig,
+        progress: Progress | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.anatomy = Anatomy.of(model, config)
         self.locator = Locator(tokenizer, config.fact_token)
         check_source(config.mom2_dataset)
+        check_device(config.stats_device)
         check_attention(model)
         probe = self.locator.aimed(read_request(PROBE, "probe"))
         with self._quiet():
@@ -98,29 +105,42 @@ class Editor:
         self._restraint = config.restraint()
         self._restraints = self._bind()
         self._history = History(self.anatomy.weights)
+        self._masters = Masters(self.anatomy.weights if config.master_copy else {}, self.pretrained.tensors)
+        self._told: frozenset[str] = frozenset()  # weights of whose rounding a warning has told
         self._contexts: Contexts | None = None
-        self._solvers: dict[int, Memit | AlphaEdit] | None = None
+        self._solvers: Solvers | None = None
+        self._ranks = ranks
+
+    def join(self, ranks: Ranks) -> None:
+        """Share the work with others from here on; before :meth:`prepare`. Only rank 0 tells about progress then."""
+        self._ranks = ranks
+        self._progress = self._progress if ranks.is_main else None
 
     @property
     def contexts(self) -> Contexts:
         """The prefixes facts are edited behind; written by the model when first asked for."""
         if self._contexts is None:
             params = self.config.context_template_length_params
+            model, seed = self.anatomy.model, self.config.seed
+
+            def written() -> Contexts:
+                return Contexts.generate(model, self.tokenizer, params, seed) if params else Contexts.bare()
+
             with self._quiet():
-                self._contexts = (
-                    Contexts.generate(self.anatomy.model, self.tokenizer, params, self.config.seed)
-                    if params
-                    else Contexts.bare()
-                )
+                self._contexts = self._ranks.by(0, "prefixes", written)
         return self._contexts
 
     def prepare(self) -> None:
         """Do now what the first batch would wait for: prefixes and key statistics."""
+        _ = self._prepared()
+
+    def _prepared(self) -> Solvers:
         _ = self.contexts
         if self._solvers is None:
             with self._quiet():
-                moments = key_moments(self.anatomy, self.tokenizer, self.config, self._progress)
-            self._solvers = {layer: self._solver(layer, moment) for layer, moment in moments.items()}
+                moments = key_moments(self.anatomy, self.tokenizer, self.config, self._progress, self._ranks)
+            self._solvers = Solvers(self.anatomy, self.config, moments, self._ranks)
+        return self._solvers
 
     def aim(self, requests: Sequence[Mapping[str, Any]]) -> Aimed:
         """Find the targets of a batch, and write nothing.
@@ -147,16 +167,23 @@ class Editor:
         self.prepare()
         self._remember()
         aimed = self._aim(facts) if aimed is None else aimed
-        with self._quiet(), all_or_nothing(self.anatomy.weights) as before:
-            reader = KeyReader(self.anatomy, self.locator, facts, self.contexts, self.config.token_budget)
+        with self._quiet(), all_or_nothing(self.anatomy.weights) as before, self._masters.batch():
+            reader = ReadTogether(self._ranks, list(self.anatomy.rewrites), facts, self._reader)
             reports = self._write(reader, aimed.values.T, before)
             # Laid out as what `resume` gets: sums depend on it.
             keys = {layer: reader.read(layer)[0].contiguous() for layer in reader.layers}
-            self._history.pend(keys)
-            self._log(reports, len(facts), before)
+            now, remedy = self._history.pend(keys), "Use machines of one kind, or one process."
+            self._ranks.agree("the weights after the batch", now, "those of rank 0", remedy)
+            if self._ranks.is_main:
+                self._log(reports, len(facts), before)
         return EditReport(len(facts), tuple(reports), aimed, keys)
 
-    def resume(self, batches: Iterable[Mapping[int, Tensor]]) -> None:
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """Name -> float32 master copy of the weight as it is now, as the model stores it; none without master_copy."""
+        return self._masters.copies()
+
+    def resume(self, batches: Iterable[Mapping[int, Tensor]], masters: Mapping[str, Tensor] | None = None) -> None:
         """Go on where another editor stopped, its edits being in the weights now.
 
         Made, and :meth:`prepare` called, on the weights before any edit; the weights as that editor left them are then
@@ -164,15 +191,18 @@ class Editor:
 
         Args:
             batches: the keys of its batches in their order (`EditReport.keys`), one batch at a time.
+            masters: its master copies (`masters`).
         """
-        self._restart()
+        solvers = self._prepared()
+        solvers.remember([None])
+        self._masters.recall(masters or {})
         last: Mapping[int, Tensor] | None = None
         for keys in batches:
             if last is not None:
-                self._learn(last)
+                solvers.learn(last)
             last = keys
         if last is not None:
-            self._history.pend({layer: keys.to(self.anatomy.device).contiguous() for layer, keys in last.items()})
+            self._history.pend({layer: solvers.beside(layer, keys) for layer, keys in last.items()})
 
     def memory(self) -> dict[str, Tensor]:
         """What the restraints remember of earlier batches beside the weights, for :meth:`recall`."""
@@ -183,7 +213,8 @@ class Editor:
         """Give the restraints what :meth:`memory` returned in another editor with the same settings."""
         for layer, bound in self._restraints.items():
             start = f"{layer}/"
-            recall(bound, {name[len(start) :]: one for name, one in memory.items() if name.startswith(start)})
+            kept = {name[len(start) :]: one for name, one in memory.items() if name.startswith(start)}
+            recall(bound, {name: one.to(self.anatomy.rewrites[layer].weight.device) for name, one in kept.items()})
 
     def reconfigure(self, config: EditingConfig) -> bool:
         """Take other settings for the batches to come, keeping all that is remembered.
@@ -205,7 +236,10 @@ class Editor:
         """Put the weights back to what they were when this editor was made, bit for bit."""
         self.pretrained.restore(self.anatomy.weights)
 
-    def _write(self, reader: KeyReader, targets: Tensor, before: Snapshot) -> list[LayerReport]:
+    def _reader(self, facts: Sequence[Fact]) -> KeyReader:
+        return KeyReader(self.anatomy, self.locator, facts, self.contexts, self.config.token_budget)
+
+    def _write(self, reader: Reader, targets: Tensor, before: Snapshot) -> list[LayerReport]:
         """Solve, restrain and write layer by layer; ``targets`` [width, facts]."""
         reports: list[LayerReport] = []
         updates: dict[int, Factors] = {}
@@ -213,7 +247,7 @@ class Editor:
         for number, layer in enumerate(reader.layers):
             keys, values = reader.read(layer)
             residuals = (targets.to(values.device) - values) / (len(reader.layers) - number)
-            delta = self._solver_of(layer).update(keys, residuals)
+            delta = self._prepared().update(layer, keys, residuals)
             reports.append(self._put(layer, delta, restrained=in_loop))
             if not in_loop:
                 updates[layer] = delta
@@ -224,36 +258,29 @@ class Editor:
 
     def _put(self, layer: int, delta: Factors, restrained: bool) -> LayerReport:
         """Write an update [d_out, d_in], restrained or as it is; it becomes a matrix here, if not in a restraint."""
-        rewrite, solver = self.anatomy.rewrites[layer], self._solver_of(layer)
-        weight = rewrite.weight.float()
+        rewrite = self.anatomy.rewrites[layer]
+        master = self._masters.of(rewrite.name)
+        weight = rewrite.weight.float() if master is None else neurons(master, rewrite.transposed)
         delta = delta.to(weight.device)
         kept = restrain(self._restraints[layer], weight, delta) if restrained else Restrained(delta, 0.0, 0)
         update = kept.delta.dense() if isinstance(kept.delta, Factors) else kept.delta
-        edited = (weight + update).to(rewrite.parameter.dtype)
-        if not all_finite(edited):
-            raise ModelError(
-                f"update of {rewrite.name}",
-                "NaN or infinity",
-                "finite numbers",
-                "The weights are as before this batch; lower v_lr, or edit a float32 model.",
-            )
-        # Before the write: a float32 weight is the live one.
-        weight_norm, asked = float(weight.norm()), float(update.norm())
-        written = float((edited.float() - weight).norm())
-        if written < (1 - ROUNDING) * asked:
-            _LOG.warning(
-                "%s: rounding to %s left %.2g of an update of %.2g", rewrite.name, edited.dtype, written, asked
-            )
-        rewrite.write(edited)
+        update = self._ranks.same(f"what is added to {rewrite.name}", update)
+        written = rounded_sum(rewrite.name, rewrite.weight, weight, update, mastered=master is not None)
+        weight_norm = float(weight.norm())  # before the write: a float32 weight is the live one
+        rewrite.write(written.weight)
+        if written.master is not None:
+            self._masters.write(rewrite.name, stored(written.master, rewrite.transposed).contiguous())
         return LayerReport(
             name=rewrite.name,
             rank=kept.rank,
             removed_share=kept.removed_share,
             solved_norm=delta.norm(),
-            update_norm=written,
+            update_norm=written.update_norm,
             weight_norm=weight_norm,
             update=kept.delta,
-            null_space=solver.null.shape[1] if isinstance(solver, AlphaEdit) else None,
+            null_space=self._prepared().null_space[layer],
+            rounding_loss=written.rounding_loss,
+            master_gap=written.master_gap,
         )
 
     def _bind(self) -> dict[int, BoundRestraint]:
@@ -262,40 +289,11 @@ class Editor:
     def _pretrained_of(self, rewrite: Rewrite) -> Tensor:
         return neurons(self.pretrained.tensors[rewrite.name], rewrite.transposed)
 
-    def _solver(self, layer: int, moment: Tensor) -> Memit | AlphaEdit:
-        config = self.config
-        if config.base_method == "MEMIT":
-            return Memit(moment, config.mom2_update_weight, layer)
-        return AlphaEdit(moment, config.nullspace_threshold, config.L2, layer)
-
-    def _solver_of(self, layer: int) -> Memit | AlphaEdit:
-        if self._solvers is None:
-            self.prepare()
-        return cast(dict[int, Memit | AlphaEdit], self._solvers)[layer]
-
     def _remember(self) -> None:
         """Bring what the solvers know of earlier edits up to date; all of them or, on an interruption, none."""
         now, news = self._history.news()
-        pasts: list[tuple[Any, Any]] = []
-        for keys in news:
-            for layer in self.anatomy.rewrites:
-                solver = self._solver_of(layer)
-                pasts.append((solver, solver.with_keys(None if keys is None else keys[layer])))
-        for solver, past in pasts:
-            solver.remember(past)
+        self._prepared().remember(news)
         self._history.settle(now)
-
-    def _restart(self) -> None:
-        """Forget all earlier batches."""
-        for layer in self.anatomy.rewrites:
-            solver: Any = self._solver_of(layer)
-            solver.remember(solver.with_keys(None))
-
-    def _learn(self, keys: Mapping[int, Tensor]) -> None:
-        """Count a batch among the earlier ones."""
-        for layer, matrix in keys.items():
-            solver: Any = self._solver_of(layer)
-            solver.remember(solver.with_keys(matrix.to(self.anatomy.device).contiguous()))
 
     def _facts(self, requests: Sequence[Mapping[str, Any]]) -> list[Fact]:
         """The requests, checked as far as they can be before any computation; and the weights."""
@@ -305,8 +303,13 @@ class Editor:
         return facts
 
     def _aim(self, facts: Sequence[Fact]) -> Aimed:
+        anatomy, locator, prefixes, config = self.anatomy, self.locator, self.contexts.prefixes, self.config
         with self._quiet():
-            aimed = aim(self.anatomy, self.locator, facts, self.contexts.prefixes, self.config, self._aiming(facts))
+            aimed = aimed_together(
+                self._ranks,
+                facts,
+                lambda mine: aim(anatomy, locator, mine, prefixes, config, self._aiming(mine)),
+            )
         check_losses(aimed)
         return aimed
 
@@ -327,9 +330,10 @@ class Editor:
                 module.training = True
 
     def _log(self, reports: Sequence[LayerReport], facts: int, before: Snapshot) -> None:
+        self._told = warn_of_rounding(reports, self._told)
         touched: list[Touched] = []
         for report, rewrite in zip(reports, self.anatomy.rewrites.values(), strict=True):
             old = neurons(before.tensors[rewrite.name], rewrite.transposed)
-            share, norm = report.removed_share, report.solved_norm
-            touched.append(Touched(rewrite.name, report.rank, share, old, rewrite.weight, norm))
+            share, norm, lost = report.removed_share, report.solved_norm, report.rounding_loss
+            touched.append(Touched(rewrite.name, report.rank, share, old, rewrite.weight, norm, lost))
         log_apply(self.config.method(), facts, touched)

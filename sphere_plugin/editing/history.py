@@ -51,9 +51,11 @@ class History:
         self._settled = now
         self._pending = None
 
-    def pend(self, keys: Mapping[int, Tensor]) -> None:
-        """Note the ``keys`` of a batch that has just been written over the weights that were settled."""
-        self._pending = (keys, self._now())
+    def pend(self, keys: Mapping[int, Tensor]) -> str:
+        """Note the ``keys`` of a batch just written over the weights that were settled; returns their fingerprint."""
+        now = self._now()
+        self._pending = (keys, now)
+        return now
 
     def _now(self) -> str:
         return fingerprint(self._weights.items())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sphere_plugin.errors import ModelError
 from sphere_plugin.models.forward import Enough, pad_right, trunk
 from sphere_plugin.models.memory import work_through
+from sphere_plugin.models.placement import input_device
 
 # Token ids of a text, and the positions in it that are asked for.
 Row = tuple[Sequence[int], Sequence[int]]
@@ -66,7 +67,7 @@ def _read(model: nn.Module, modules: Mapping[str, nn.Module], rows: Sequence[Row
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         stack.enter_context(suppress(Enough))
-        device = next(model.parameters()).device
+        device = input_device(model)
         trunk(model)(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
     missing = [name for name in modules if name not in seen]
     if missing:

@@ -11,6 +11,8 @@ of u × u: O(d_in² u). No inverse is formed. R and X come back as they are, as 
 The systems are float64: S is made of second moments of keys, and at a condition number of 10⁴ (10⁶) float32 is wrong
 by 10⁻⁴ (10⁻²). A step of iterative refinement cures that only with a float64 residual, and then takes longer than
 float64 does (measured on 1536 and 3584). R and X are rounded to float32 at the end.
+
+A solver lives where the second moment is. Keys are brought there, and X to where the residuals are.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from sphere_plugin.errors import ModelError
 from sphere_plugin.geometry import Factors
+from sphere_plugin.geometry.checks import all_finite
 
 BLOCK: Final = 64  # columns of a Cholesky factor that are brought up to date at a time
 KEYS: Final = 128  # and with how many keys at a time
@@ -47,8 +50,11 @@ class Memit:
     _factor: Tensor = field(init=False, repr=False)  # lower triangle, λC = L Lᵀ
 
     def __post_init__(self, moment: Tensor) -> None:
-        factor, failed = torch.linalg.cholesky_ex(self.weight * moment.double())
-        if int(failed) or not bool(torch.isfinite(factor).all()):
+        system = _columnwise(moment).mul_(self.weight)
+        # On a CPU in its own place; elsewhere torch wants another.
+        place = (system, torch.empty((), dtype=torch.int32)) if system.device.type == "cpu" else None
+        factor, failed = torch.linalg.cholesky_ex(system, out=place)
+        if int(failed) or not all_finite(factor.T):  # by columns it would be copied
             raise ModelError(
                 f"key statistics of layer {self.layer}",
                 "a singular second moment",
@@ -59,7 +65,7 @@ class Memit:
 
     def update(self, keys: Tensor, residuals: Tensor) -> Factors:
         """The update for ``keys`` [d_in, u] and ``residuals`` [d_out, u]: ΔW [d_out, d_in] in factors, float32."""
-        return Factors(residuals.float(), _woodbury(self._factor, keys.double()).float())
+        return Factors(residuals.float(), _woodbury(self._factor, keys.to(self._factor)).to(residuals.device).float())
 
     def with_keys(self, keys: Tensor | None) -> None:
         """MEMIT knows nothing of earlier edits beyond the weights themselves."""
@@ -111,8 +117,11 @@ class AlphaEdit:
     _past: Past = field(init=False, repr=False)
 
     def __post_init__(self, moment: Tensor) -> None:
-        values, vectors = torch.linalg.eigh(moment.double())
+        system = _columnwise(moment)
+        place = (system.new_empty(len(system)), system) if system.device.type == "cpu" else None
+        values, vectors = torch.linalg.eigh(system, out=place)
         self.null = vectors[:, values < self.threshold]
+        del system, vectors, place  # what follows is as large
         if self.null.shape[1] == 0:
             raise ModelError(
                 f"key statistics of layer {self.layer}",
@@ -126,20 +135,25 @@ class AlphaEdit:
         """The update for ``keys`` [d_in, u] and ``residuals`` [d_out, u]: ΔW [d_out, d_in] in factors, float32."""
         if self._past.fresh.shape[1]:  # the same M in another form: an interruption here loses nothing
             self._past = Past(with_columns(self._past.factor, self._past.fresh), self._past.fresh[:, :0])
-        k = self.null.T @ keys.double()
-        return Factors(residuals.float(), (self.null @ _woodbury(self._past.factor, k)).float())
+        x = self.null @ _woodbury(self._past.factor, self.null.T @ keys.to(self.null))
+        return Factors(residuals.float(), x.to(residuals.device).float())
 
     def with_keys(self, keys: Tensor | None) -> Past:
         """The past with the ``keys`` [d_in, u] of one more batch in Kp; None empties Kp. Changes nothing here."""
         if keys is None:
             size = self.null.shape[1]
-            factor = self.ridge**0.5 * torch.eye(size, dtype=torch.float64, device=self.null.device)
+            factor = torch.eye(size, dtype=torch.float64, device=self.null.device).mul_(self.ridge**0.5)
             return Past(factor, factor[:, :0])
-        return Past(self._past.factor, torch.cat([self._past.fresh, self.null.T @ keys.double()], dim=1))
+        return Past(self._past.factor, torch.cat([self._past.fresh, self.null.T @ keys.to(self.null)], dim=1))
 
     def remember(self, past: Past) -> None:
         """From now on count as earlier edits what :meth:`with_keys` has returned."""
         self._past = past
+
+
+def _columnwise(moment: Tensor) -> Tensor:
+    """A copy of a symmetric matrix [n, n] in float64, by columns as LAPACK wants it, which then needs no other."""
+    return torch.empty_like(moment, dtype=torch.float64, memory_format=torch.contiguous_format).T.copy_(moment)
 
 
 def with_columns(factor: Tensor, columns: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sphere_plugin.editing.anatomy import Anatomy
+from sphere_plugin.editing.anatomy import Anatomy, Rewrite
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.corpus import COUNTED, GENERATED, check_source, read_corpus
 from sphere_plugin.editing.unfinished import Unfinished
 from sphere_plugin.errors import CacheError, ConfigError, ModelError
 from sphere_plugin.files import cache_folder, check_writable, fingerprint, read_tensors, write_tensors
 from sphere_plugin.models.forward import Enough, longest_text, pad_right, trunk
-from sphere_plugin.models.memory import work_through
+from sphere_plugin.models.memory import cut, work_through
+from sphere_plugin.models.placement import with_values
+from sphere_plugin.parallel.ranks import ALONE, Ranks
 
 _LOG = logging.getLogger("sphere_plugin")
 _FORMAT = "1"  # raise it when files of an older code must not be used any more
 _LONGEST = 512  # tokens of a text that are read
 _BATCH_TOKENS = 4096
+ADDED = 256  # rows of a product that are added up at a time
 
 
 def key_moments(
-    anatomy: Anatomy, tokenizer: Any, config: EditingConfig, progress: Callable[[str, int, int], None] | None = None
+    anatomy: Anatomy,
+    tokenizer: Any,
+    config: EditingConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[int, Tensor]:
     """Second moments of the keys of every edited layer, from the cache or counted now.
 
@@ -47,36 +55,47 @@ def key_moments(
         tokenizer: its tokenizer.
         config: layers, mom2_dataset, mom2_n_samples, seed, stats_dir.
         progress: called with (what, done, of how many).
+        ranks: those that share the work; rank 0 reads and writes files.
 
     Returns:
-        Layer number -> [d_in, d_in] float32, on the layer's device.
+        Layer number -> [d_in, d_in] float32, on ``stats_device`` or, without one, the layer's; of the layers that
+        this rank keeps (`Ranks.keeper`).
 
     Raises:
         ConfigError: the text cannot be read.
         ModelError: the text has no token to count, or the model's keys are not finite.
     """
     check_source(config.mom2_dataset)
-    if config.mom2_dataset.endswith(COUNTED):
-        return {
-            layer: read_counted(Path(config.mom2_dataset.format(layer)).expanduser(), rewrite.weight.shape[1]).to(
-                rewrite.parameter.device
-            )
-            for layer, rewrite in anatomy.rewrites.items()
-        }
-    path = _path(anatomy, tokenizer, config)
-    cached = _read(path, anatomy)
-    if cached is None:
-        check_writable(path)
-        unfinished = Unfinished(path)
-        try:
-            cached = _count(anatomy, tokenizer, config, unfinished, progress)
-        except ModelError:  # it would fail again
-            unfinished.forget()
-            raise
-        write_tensors(path, {str(layer): moment for layer, moment in cached.items()}, {"format": _FORMAT})
-        unfinished.forget()
-        _LOG.info("key statistics of layers %s kept in %s", list(cached), path)
-    return {layer: cached[layer].to(rewrite.parameter.device) for layer, rewrite in anatomy.rewrites.items()}
+    moments: dict[int, Tensor] = {}  # on rank 0 alone
+
+    def look() -> Path | None:
+        """Where they are to be kept; None if they are there."""
+        if config.mom2_dataset.endswith(COUNTED):
+            files = {layer: Path(config.mom2_dataset.format(layer)).expanduser() for layer in anatomy.rewrites}
+            widths = {layer: rewrite.weight.shape[1] for layer, rewrite in anatomy.rewrites.items()}
+            moments.update({layer: read_counted(file, widths[layer]) for layer, file in files.items()})
+            return None
+        path = _path(anatomy, tokenizer, config)
+        cached = _read(path, anatomy)
+        moments.update(cached or {})
+        return path if cached is None else None
+
+    path = ranks.by(0, "key statistics", look)
+    if path is not None:
+        moments = _counted(anatomy, tokenizer, config, path, progress, ranks)
+    kept: dict[int, Tensor] = {}
+    for number, (layer, rewrite) in enumerate(anatomy.rewrites.items()):
+        device, width = _device(rewrite, config), rewrite.weight.shape[1]
+        moment = moments.pop(layer).to(device) if ranks.is_main else torch.empty(width, width, device=device)
+        moment = ranks.same(f"key statistics of layer {layer}", moment)
+        if ranks.keeper(number) == ranks.rank:
+            kept[layer] = moment
+    return kept
+
+
+def _device(rewrite: Rewrite, config: EditingConfig) -> torch.device:
+    """Where the statistics of a layer are to be."""
+    return rewrite.parameter.device if config.stats_device is None else torch.device(config.stats_device)
 
 
 def read_counted(path: Path, width: int) -> Tensor:
@@ -105,7 +124,7 @@ def _path(anatomy: Anatomy, tokenizer: Any, config: EditingConfig) -> Path:
     settings = anatomy.model.config.to_dict()  # type: ignore[operator, union-attr]
     identity = {
         "format": _FORMAT,
-        "weights": fingerprint(_weights_below(anatomy, config)),
+        "weights": fingerprint(with_values(anatomy.model, _weights_below(anatomy, config))),
         # What a forward pass reads beside the weights: rotary tables, activations, numbers of heads.
         "settings": {name: value for name, value in settings.items() if name not in _NO_MATTER},
         "modules": [rewrite.name for rewrite in anatomy.rewrites.values()],
@@ -152,13 +171,60 @@ def _read(path: Path, anatomy: Anatomy) -> dict[int, Tensor] | None:
     return {int(name): tensor for name, tensor in tensors.items()}
 
 
-def _count(
+def _counted(
+    anatomy: Anatomy,
+    tokenizer: Any,
+    config: EditingConfig,
+    path: Path,
+    progress: Callable[[str, int, int], None] | None,
+    ranks: Ranks,
+) -> dict[int, Tensor]:
+    """The moments, on rank 0; kept in ``path`` from here on."""
+    unfinished, moments = Unfinished(path), dict[int, Tensor]()
+    counter = _Counter(anatomy, {layer: _device(one, config) for layer, one in anatomy.rewrites.items()})
+
+    def begin() -> tuple[list[list[int]], int]:
+        check_writable(path)
+        ids = _ids(anatomy, tokenizer, config, unfinished, progress)
+        counter.sums, counter.tokens, done = unfinished.sums()
+        return ids, done
+
+    def finish() -> None:
+        moments.update(counter.moments())
+        write_tensors(path, {str(layer): moment for layer, moment in moments.items()}, {"format": _FORMAT})
+        unfinished.forget()
+        _LOG.info("key statistics of layers %s kept in %s", list(moments), path)
+
+    try:
+        ids, done = ranks.by(0, "texts for key statistics", begin)
+        if progress is not None and done:
+            progress("reading keys", done, len(ids))
+        for rows in _in_turns(ids[done:], counter, ranks):
+            done += rows
+            if ranks.by(0, "whether to keep sums", lambda: unfinished.due):
+                sums, tokens = counter.over_all(ranks)
+                if ranks.is_main:
+                    unfinished.keep_sums(sums, tokens, done)
+            if progress is not None:
+                progress("reading keys", rows, len(ids))
+        counter.sums, counter.tokens = counter.over_all(ranks)
+        ranks.by(0, "moments", finish)
+    except ModelError:  # it would fail again
+        if ranks.is_main:
+            unfinished.forget()
+        raise
+    return moments
+
+
+def _ids(
     anatomy: Anatomy,
     tokenizer: Any,
     config: EditingConfig,
     unfinished: Unfinished,
     progress: Callable[[str, int, int], None] | None,
-) -> dict[int, Tensor]:
+) -> list[list[int]]:
+    """Token ids of the texts, the shortest first."""
+
     def told(what: str) -> Callable[[int], None] | None:
         if progress is None:
             return None
@@ -173,16 +239,21 @@ def _count(
     ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
     ids = sorted((row for row in ids if len(row) > 1), key=len)
     _check_amount(anatomy, config, sum(len(row) - 1 for row in ids))
-    counter = _Counter(anatomy)
-    counter.sums, counter.tokens, done = unfinished.sums()
-    if progress is not None and done:
-        progress("reading keys", done, len(ids))
-    for batch, _ in work_through(ids[done:], len, _BATCH_TOKENS, counter.add):
-        done += len(batch)
-        unfinished.keep_sums(counter.sums, counter.tokens, done)
-        if progress is not None:
-            progress("reading keys", len(batch), len(ids))
-    return counter.moments()
+    return ids
+
+
+def _in_turns(rows: Sequence[list[int]], counter: _Counter, ranks: Ranks) -> Iterator[int]:
+    """Count texts, a piece of them on each rank at a time; yields how many have been counted since the last time."""
+    if ranks.size == 1:
+        for piece, _ in work_through(rows, len, _BATCH_TOKENS, counter.add):
+            yield len(piece)
+        return
+    pieces = cut(rows, len, _BATCH_TOKENS)
+    for first in range(0, len(pieces), ranks.size):
+        turn = pieces[first : first + ranks.size]
+        own = turn[ranks.rank] if ranks.rank < len(turn) else []
+        ranks.together("key statistics", partial(list, work_through(own, len, _BATCH_TOKENS, counter.add)))
+        yield sum(map(len, turn))
 
 
 def _check_amount(anatomy: Anatomy, config: EditingConfig, tokens: int) -> None:
@@ -198,10 +269,11 @@ def _check_amount(anatomy: Anatomy, config: EditingConfig, tokens: int) -> None:
 
 
 class _Counter:
-    """Adds up kkᵀ over batches of text: float32 products, float64 sums."""
+    """Adds up kkᵀ over batches of text: float32 products on the layers' devices, float64 sums on ``devices``."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, devices: Mapping[int, torch.device]) -> None:
         self.anatomy = anatomy
+        self.devices = devices
         self.tokens = 0
         self.sums: dict[int, Tensor] = {}
 
@@ -219,24 +291,43 @@ class _Counter:
                 stack.callback(handle.remove)
             stack.enter_context(suppress(Enough))
             trunk(self.anatomy.model)(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        for layer, product in products.items():
+            known = self.sums.get(layer)
+            known = torch.zeros_like(product, dtype=torch.float64) if known is None else known
+            self.sums[layer] = known.to(product.device)  # sums that were read from a file lie on the CPU
+        # Nothing large is made from here on (a sum of two dtypes has copies), so that memory does not run out halfway.
         self.tokens += int(counted.sum())
         for layer, product in products.items():
-            self.sums[layer] = self.sums[layer] + product if layer in self.sums else product
+            for first in range(0, len(product), ADDED):
+                self.sums[layer][first : first + ADDED] += product[first : first + ADDED]
 
     def _hook(
         self, layer: int, counted: Tensor, products: dict[int, Tensor]
     ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             keys = args[0][counted.to(args[0].device)].float()
-            products[layer] = (keys.T @ keys).double()
+            products[layer] = (keys.T @ keys).to(self.devices[layer])
             if layer == max(self.anatomy.rewrites):
                 raise Enough
 
         return hook
 
+    def over_all(self, ranks: Ranks) -> tuple[dict[int, Tensor], int]:
+        """Sums and tokens of all ranks together, on rank 0; what is here stays as it is."""
+        if ranks.size == 1:
+            return self.sums, self.tokens
+        sums: dict[int, Tensor] = {}
+        for layer, rewrite in self.anatomy.rewrites.items():
+            width, device = rewrite.weight.shape[1], self.devices[layer]
+            own = self.sums.get(layer, torch.zeros(width, width, dtype=torch.float64, device=device))
+            total = ranks.total(f"sums of layer {layer}", own.to(device))
+            if ranks.is_main:
+                sums[layer] = total
+        return sums, sum(ranks.each("tokens", lambda: self.tokens))
+
     def moments(self) -> dict[int, Tensor]:
-        """E[kkᵀ] of every layer, float32."""
-        moments = {layer: (total / self.tokens).float() for layer, total in self.sums.items()}
+        """E[kkᵀ] of every layer, float32; the sums are gone afterwards."""
+        moments = {layer: self.sums.pop(layer).div_(self.tokens).float() for layer in list(self.sums)}
         for layer, moment in moments.items():
             if not bool(torch.isfinite(moment).all()):
                 raise ModelError(

@@ -56,9 +56,14 @@ class Unfinished:
         _LOG.info("key statistics: going on after %s texts", counts["texts"])
         return {int(layer): total for layer, total in tensors.items()}, int(counts["tokens"]), int(counts["texts"])
 
+    @property
+    def due(self) -> bool:
+        """Whether it is time to keep what has been counted so far."""
+        return time.monotonic() - self._written >= EVERY
+
     def keep_sums(self, sums: Mapping[int, Tensor], tokens: int, texts: int) -> None:
         """Keep what has been counted so far, at most once in :data:`EVERY` seconds."""
-        if time.monotonic() - self._written < EVERY:
+        if not self.due:
             return
         named = {str(layer): total for layer, total in sums.items()}
         write_tensors(self._sums, named, {"tokens": str(tokens), "texts": str(texts)})

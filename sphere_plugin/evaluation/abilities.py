@@ -27,7 +27,8 @@ from sphere_plugin.errors import ConfigError, HostError, ModelError
 from sphere_plugin.evaluation.benchmarks import Data, file_of, read_benchmark
 from sphere_plugin.evaluation.decoder import Decoder
 from sphere_plugin.evaluation.perplexity import mean_nll, windows
-from sphere_plugin.evaluation.quiet import mode_kept, quiet, randomness_kept
+from sphere_plugin.evaluation.quiet import mode_kept, quiet
+from sphere_plugin.randomness import randomness_kept
 
 # Task of ours -> the benchmark whose file it reads.
 LOCAL: Final = MappingProxyType(

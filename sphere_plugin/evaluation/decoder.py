@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_plugin.models.forward import pad_right, trunk
+from sphere_plugin.models.placement import input_device
 
 
 class Decoder:
@@ -27,7 +28,7 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Where token ids have to be."""
-        return next(self.model.parameters()).device
+        return input_device(self.model)
 
     def hidden(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """What the output embedding reads at every token: [rows, longest, d]."""

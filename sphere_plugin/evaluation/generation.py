@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sphere_plugin.evaluation.decoder import Decoder
 from sphere_plugin.models.forward import longest_text
-from sphere_plugin.models.memory import work_through
+from sphere_plugin.parallel.ranks import ALONE, Ranks
 
 # As ROME's and MEMIT's code: tokens a text ends at, prompt included, and how many tokens are in the draw.
 LENGTH = 100
@@ -42,6 +42,7 @@ def write(
     top_k: int = TOP_K,
     batch_tokens: int = 4096,
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[tuple[int, ...]]:
     """Token ids of a text for every start, the prompt included.
 
@@ -56,6 +57,7 @@ def write(
         top_k: 1 takes the first choice always.
         batch_tokens: tokens in one pass.
         progress: told the number of texts written.
+        ranks: those that share the work; the texts are the same for any number of them.
     """
     length = min(length, longest_text(decoder.model, length))
     texts: dict[Start, tuple[int, ...]] = {start: start.ids for start in starts}
@@ -63,13 +65,17 @@ def write(
     rows = sorted((start for start in texts if len(start.ids) < length), key=lambda start: len(start.ids))
     if progress is not None and len(rows) < len(texts):
         progress(sum(counts[start] for start in texts if len(start.ids) >= length))
+
+    def told(done: Sequence[Start]) -> None:
+        if progress is not None:
+            progress(sum(counts[start] for start in done))
+
     for group in _groups(decoder, rows):
-        for piece, written in work_through(
-            group, lambda start: length, batch_tokens, lambda piece: _write(decoder, piece, length, top_k)
-        ):
-            texts.update(zip(piece, written, strict=True))
-            if progress is not None:
-                progress(sum(counts[start] for start in piece))
+        texts.update(
+            ranks.through(
+                "texts", group, lambda start: length, batch_tokens, lambda p: _write(decoder, p, length, top_k), told
+            )
+        )
     return [texts[start] for start in starts]
 
 

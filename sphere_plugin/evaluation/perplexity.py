@@ -11,6 +11,7 @@ from torch import nn
 from sphere_plugin.errors import RequestError
 from sphere_plugin.evaluation.decoder import Decoder
 from sphere_plugin.models.forward import longest_text
+from sphere_plugin.parallel.ranks import ALONE, Ranks
 
 # Tokens of the held-out text read at once; bounds the memory its logits take.
 TEXT_TOKENS = 512
@@ -32,12 +33,18 @@ def windows(model: nn.Module, tokenizer: Any, text: str) -> list[tuple[int, ...]
 
 
 @torch.no_grad()
-def mean_nll(decoder: Decoder, texts: Sequence[tuple[int, ...]]) -> float:
-    """Mean negative log-likelihood of a token, in nats; the first token of each text is given."""
-    total, count = 0.0, 0
-    for ids in texts:
-        logits = decoder.logits(decoder.hidden([ids])[0, :-1]).float()
-        targets = torch.tensor(ids[1:], device=logits.device)
-        total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        count += len(ids) - 1
-    return total / count
+def mean_nll(decoder: Decoder, texts: Sequence[tuple[int, ...]], ranks: Ranks = ALONE) -> float:
+    """Mean negative log-likelihood of a token, in nats; the first token of each text is given.
+
+    A text is a pass of its own, and sums are taken in one order: the same for any number of ``ranks``.
+    """
+    mine = range(ranks.rank, len(texts), ranks.size)
+    parts = ranks.each("perplexity", lambda: [_nll(decoder, texts[number]) for number in mine])
+    total = sum(parts[number % ranks.size][number // ranks.size] for number in range(len(texts)))
+    return total / sum(len(ids) - 1 for ids in texts)
+
+
+def _nll(decoder: Decoder, ids: tuple[int, ...]) -> float:
+    logits = decoder.logits(decoder.hidden([ids])[0, :-1]).float()
+    targets = torch.tensor(ids[1:], device=logits.device)
+    return float(nn.functional.cross_entropy(logits, targets, reduction="sum"))

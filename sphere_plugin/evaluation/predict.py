@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sphere_plugin.evaluation.decoder import Begun, Decoder
 from sphere_plugin.models.forward import pad_right
-from sphere_plugin.models.memory import work_through
+from sphere_plugin.parallel.ranks import ALONE, Ranks
 
 # Places whose logits are held at once.
 PLACES = 256
@@ -59,7 +59,11 @@ class Said:
 
 @torch.no_grad()
 def predict(
-    decoder: Decoder, asks: Sequence[Ask], batch_tokens: int, progress: Callable[[int], None] | None = None
+    decoder: Decoder,
+    asks: Sequence[Ask],
+    batch_tokens: int,
+    progress: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Said]:
     """Answer all questions, in their order.
 
@@ -68,6 +72,7 @@ def predict(
         asks: prompts and targets.
         batch_tokens: tokens in one forward pass.
         progress: told the number of questions answered.
+        ranks: those that share the work; the answers are the same for any number of them.
     """
     wanted: dict[Ids, dict[Ids, None]] = {}
     for ask in asks:
@@ -75,10 +80,15 @@ def predict(
     asked = Counter(ask.ids for ask in asks)
     rows = sorted((Ask(ids, tuple(targets)) for ids, targets in wanted.items()), key=_length)
     answers: dict[Ids, tuple[int, dict[Ids, Told]]] = {}
-    for piece, answered in work_through(rows, _length, batch_tokens, lambda piece: _answer(decoder, piece)):
-        answers.update(zip((row.ids for row in piece), answered, strict=True))
+
+    def told(done: Sequence[Ask]) -> None:
         if progress is not None:
-            progress(sum(asked[row.ids] for row in piece))
+            progress(sum(asked[row.ids] for row in done))
+
+    for row, answered in ranks.through(
+        "answers", rows, _length, batch_tokens, lambda piece: _answer(decoder, piece), told
+    ):
+        answers[row.ids] = answered
     return [Said(answers[ask.ids][0], tuple(answers[ask.ids][1][target] for target in ask.targets)) for ask in asks]
 
 

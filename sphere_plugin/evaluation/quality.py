@@ -21,6 +21,7 @@ from sphere_plugin.evaluation.generation import LENGTH, Start, ngram_entropy, wo
 from sphere_plugin.evaluation.perplexity import mean_nll, windows
 from sphere_plugin.evaluation.predict import Ask, Said, predict
 from sphere_plugin.evaluation.scores import METRICS, Scores
+from sphere_plugin.parallel.ranks import ALONE, Ranks
 
 Progress = Callable[[int], None]
 Numbers = dict[str, float | None]
@@ -37,6 +38,8 @@ class Quality:
         neighbours: neighbourhood prompts scored per record; None: all.
         batch_tokens: tokens in one forward pass.
         seed: of the texts that fluency and consistency are measured on.
+        ranks: those that share the work. Each scores its own copy of the model, and all call the same methods with
+            the same arguments; scores are the same for any number of them.
 
     Raises:
         RequestError: the held-out text is too short, or a target has no tokens.
@@ -52,19 +55,21 @@ class Quality:
         neighbours: int | None = 2,
         batch_tokens: int = 4096,
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.records = list(records)
         self.batch_tokens = batch_tokens
         self.seed = seed
+        self._ranks = ranks
         self._decoder = Decoder(model)
         self._asks = [self._asked(record, neighbours) for record in self.records]
         self._text = windows(model, tokenizer, text)
         references = [text for record in self.records for text in record.reference_texts]
         self._consistency = Consistency(references) if references else None
         apart = [Ask(ask.ids) for _, _, around in self._asks for ask in around]
-        unedited = iter(predict(self._decoder, apart, batch_tokens))
+        unedited = iter(predict(self._decoder, apart, batch_tokens, ranks=ranks))
         self._unedited = [[next(unedited).next for _ in around] for _, _, around in self._asks]
 
     def prompts(self, edits: int, which: Sequence[int] | None = None, fluency: bool | int = 0) -> int:
@@ -94,7 +99,7 @@ class Quality:
         """
         chosen = self._chosen(edits, which)
         flat = [ask for position in chosen for kind in self._asks[position] for ask in kind]
-        said = iter(predict(self._decoder, flat, self.batch_tokens, progress))
+        said = iter(predict(self._decoder, flat, self.batch_tokens, progress, self._ranks))
         rows: list[Numbers] = []
         for position in chosen:
             asked = self._asks[position]
@@ -113,21 +118,25 @@ class Quality:
     def efficacy(self, which: Sequence[int]) -> list[float | None]:
         """Share of the target's tokens that are the first choice behind the prompt, of the records at ``which``."""
         asks = [self._asks[position][0] for position in which]
-        said = iter(predict(self._decoder, [ask for kind in asks for ask in kind], self.batch_tokens))
+        flat = [ask for kind in asks for ask in kind]
+        said = iter(predict(self._decoder, flat, self.batch_tokens, ranks=self._ranks))
         return [_kept("efficacy", kind, [next(said) for _ in kind])["efficacy"] for kind in asks]
 
     def texts(self, which: Sequence[int], tokens: int) -> list[str]:
         """What the model writes behind the prompt of each record at ``which``, first choices only, prompt left out."""
-        found = []
-        for position in which:
+
+        def text(position: int) -> str:
             start = self._ids(self.records[position].prompt.rstrip())
             written = write(self._decoder, [Start(start, 0)], len(start) + tokens, top_k=1)[0]
-            found.append(str(self.tokenizer.decode(list(written[len(start) :]), skip_special_tokens=True)))
-        return found
+            return str(self.tokenizer.decode(list(written[len(start) :]), skip_special_tokens=True))
+
+        mine = self._ranks.share(which)
+        parts = self._ranks.each("cases", lambda: [text(position) for position in mine])
+        return [text for part in parts for text in part]
 
     def nll(self) -> float:
         """Mean negative log-likelihood of a token of the held-out text, in nats."""
-        return mean_nll(self._decoder, self._text)
+        return mean_nll(self._decoder, self._text, self._ranks)
 
     def _chosen(self, edits: int, which: Sequence[int] | None) -> list[int]:
         chosen = list(range(min(edits, len(self.records))) if which is None else which)
@@ -167,7 +176,9 @@ class Quality:
             for position in chosen
         ]
         flat = [start for group in starts for start in group]
-        written = write(self._decoder, flat, length, batch_tokens=self.batch_tokens, progress=progress)
+        written = write(
+            self._decoder, flat, length, batch_tokens=self.batch_tokens, progress=progress, ranks=self._ranks
+        )
         texts = iter(self.tokenizer.batch_decode([list(ids) for ids in written], skip_special_tokens=True))
         rows: list[Numbers] = []
         for position, group in zip(chosen, starts, strict=True):

@@ -1,17 +1,14 @@
-"""What other people's evaluation code is kept from changing: random states, a model's mode, what a terminal shows."""
+"""What other people's evaluation code is kept from changing: a model's mode, what a terminal shows."""
 
 from __future__ import annotations
 
 import io
 import logging
 import os
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
-import numpy as np
-import torch
 from torch import nn
 
 
@@ -25,22 +22,6 @@ def mode_kept(model: nn.Module) -> Iterator[None]:
         model.eval()
         for module in training:
             module.training = True
-
-
-@contextmanager
-def randomness_kept() -> Iterator[None]:
-    """Put back the states of all random generators when the block ends."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = torch.cuda.get_rng_state_all() if started else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if started:
-            torch.cuda.set_rng_state_all(devices)
 
 
 @contextmanager

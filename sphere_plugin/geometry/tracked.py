@@ -228,7 +228,7 @@ def _sweep(found: _Leading, normal: Tensor, eta: float) -> _Leading | None:
     bound = float(found.values[-1])
     if not float(torch.linalg.matrix_norm(normal)) <= STEEPEST * bound:
         return None
-    block = torch.linalg.qr(_filtered(normal, found.vectors, bound)).Q
+    block = torch.linalg.qr(filtered(normal, found.vectors, bound)).Q
     images = normal @ block
     values, turn = torch.linalg.eigh(block.T @ images)
     values, turn = values.flip(0).double(), turn.flip(1)
@@ -243,11 +243,11 @@ def _sweep(found: _Leading, normal: Tensor, eta: float) -> _Leading | None:
     return _Leading(found.gram, values[:kept], vectors, rank, missing, found.updates)
 
 
-def _filtered(normal: Tensor, block: Tensor, bound: float) -> Tensor:
-    """The Chebyshev polynomial of [0, bound] of Ĝ [n, n] times ``block`` [n, k], columns scaled to unit length."""
+def filtered(normal: Tensor, block: Tensor, bound: float, degree: int = DEGREE) -> Tensor:
+    """Returns the Chebyshev polynomial of [0, bound] of Ĝ [n, n] times ``block`` [n, k], columns of unit length."""
     half = bound / 2
     before, now = block, torch.addmm(block, normal, block, beta=-1.0, alpha=1 / half)  # T₁ = x, x = Ĝ / half − 1
-    for _ in range(DEGREE - 1):
+    for _ in range(degree - 1):
         before, now = now, torch.addmm(before + 2 * now, normal, now, beta=-1.0, alpha=2 / half)  # 2 x Tᵢ − Tᵢ₋₁
     lengths: Tensor = torch.linalg.vector_norm(now, dim=0)
     return now / lengths.clamp(min=torch.finfo(now.dtype).tiny)

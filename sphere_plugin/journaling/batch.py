@@ -1,6 +1,7 @@
 """What a batch did to its weights: how it is stored, and how the weights are computed again from it, bit for bit.
 
-A weight that a batch changed is stored in one of two ways, whichever takes less room:
+A weight that a batch changed is stored in one of two ways, whichever takes less room; in place of one that has a
+float32 master copy stands the copy:
 
     NAME/whole                      the weight after the batch
     NAME/left, NAME/right           factors of the update, float32; W ← round(W + left rightᵀ)
@@ -10,7 +11,8 @@ A weight that a batch changed is stored in one of two ways, whichever takes less
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Final
 
@@ -71,6 +73,17 @@ def replayed(name: str, weight: Tensor, entries: Mapping[str, Tensor], transpose
     if f"{name}/places" in entries:
         new.view(-1)[entries[f"{name}/places"].long()] = entries[f"{name}/values"]
     return new
+
+
+@contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """Compute on so many threads of torch while the block runs: sums depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _edited(weight: Tensor, update: Factors, transposed: bool) -> Tensor:

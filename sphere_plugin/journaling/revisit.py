@@ -26,6 +26,7 @@ class Revisited:
 
     Attributes:
         manifest: of the run, docs/run-folder.md.
+        known: the manifest's ``model``, by the name it was loaded with here.
         journal: of the run.
         model: live, at first as it was before any edit.
         tokenizer: its tokenizer.
@@ -38,8 +39,8 @@ class Revisited:
 
     def __init__(self, folder: Path, model: str | None = None) -> None:
         self.journal, self.manifest = opened(folder)
-        known = self.manifest["model"] if model is None else {**self.manifest["model"], "name": model}
-        self.model, self.tokenizer = unedited(known, self.journal)
+        self.known = self.manifest["model"] if model is None else {**self.manifest["model"], "name": model}
+        self.model, self.tokenizer = unedited(self.known, self.journal)
 
     @property
     def edits(self) -> int:
@@ -94,18 +95,23 @@ def unedited(known: Mapping[str, Any], journal: Journal) -> tuple[Any, Any]:
         ConfigError: the manifest names none.
         ModelError: its weights are others.
     """
-    name = known.get("name")
-    if not name:
-        raise ConfigError("model", name, "the unedited model's name or folder", "The run has none: give it.")
-    dtype = getattr(torch, str(known.get("dtype")).removeprefix("torch."), None)
-    model, tokenizer = load_model(name, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    model, tokenizer = loaded(known)
     parameters = dict(cast(nn.Module, model).named_parameters())
     missing = [one for one in journal.names if one not in parameters]
     if missing or journal.fingerprint_of(parameters) != journal.fingerprint(0):
         got = f"no {missing[0]}" if missing else f"weights of fingerprint {journal.fingerprint_of(parameters)}"
         remedy = "Name the model that was edited, in the version that was edited."
-        raise ModelError(f"the model {name}", got, f"weights of fingerprint {journal.fingerprint(0)}", remedy)
+        raise ModelError(f"the model {known['name']}", got, f"weights of fingerprint {journal.fingerprint(0)}", remedy)
     return model, tokenizer
+
+
+def loaded(known: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The model, and its tokenizer, of a manifest's ``model``; raises ConfigError if that names none."""
+    name = known.get("name")
+    if not name:
+        raise ConfigError("model", name, "the unedited model's name or folder", "The run has none: give it.")
+    dtype = getattr(torch, str(known.get("dtype")).removeprefix("torch."), None)
+    return load_model(name, dtype if isinstance(dtype, torch.dtype) else torch.float32)
 
 
 def put(live: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

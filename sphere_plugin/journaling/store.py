@@ -4,13 +4,14 @@ docs/run-folder.md says what is in its files.
 
 A batch has happened when its JSON file is there, which is written last. Whatever else a killed process left behind is
 passed over, and written anew by the next batch.
+
+Of a weight with a float32 master copy the journal is one of the copy; the weight is its rounding.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,15 +22,15 @@ from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.files import fingerprint, write_json, write_tensors
 from sphere_plugin.geometry import Factors
 from sphere_plugin.geometry.neurons import is_transposed
-from sphere_plugin.journaling.batch import Update, encode, replayed
+from sphere_plugin.journaling.batch import Update, encode, on_threads, replayed
 from sphere_plugin.journaling.disk import digest, free_place, header, move, numbered, plain, read_record, tensors
+from sphere_plugin.journaling.mastered import Mastered, Weights
 
 _BASE: Final = "base.safetensors"
 _FORMAT: Final = "1"
+_MASTERED: Final = "2"  # the format of a journal with master copies
 # Folders of a run whose files are named by the number of edits they were measured after.
 MEASURED: Final = ("checkpoints", "abilities", "audit", "diagnostics")
-
-Weights = dict[str, Tensor]
 
 
 def orientations(model: nn.Module, names: Mapping[str, object]) -> dict[str, bool]:
@@ -48,24 +49,34 @@ class Journal:
         folder: where its files are.
         names: of the weights, in the order in which fingerprints take them.
         transposed: those of them that are stored as [d_in, d_out].
+        mastered: those of them that have a master copy.
     """
 
     def __init__(self, folder: Path, metadata: Mapping[str, str]) -> None:
         self.folder = folder
+        self.mastered = Mastered.read(metadata)
         self.names: tuple[str, ...] = tuple(json.loads(metadata["names"]))
         self.transposed: frozenset[str] = frozenset(json.loads(metadata["transposed"]))
         self._first = metadata["fingerprint"]
         self._count = max(numbered(folder), default=0)
-        self._state: tuple[int, Weights] | None = None  # the weights after that many batches, known to be right
+        # The states (see `Mastered`) after that many batches, known to be right.
+        self._state: tuple[int, Weights] | None = None
 
     @classmethod
-    def create(cls, folder: Path, weights: Mapping[str, Tensor], transposed: Mapping[str, bool]) -> Journal:
+    def create(
+        cls,
+        folder: Path,
+        weights: Mapping[str, Tensor],
+        transposed: Mapping[str, bool],
+        masters: Collection[str] = (),
+    ) -> Journal:
         """Start a journal with ``weights`` (name -> weight as the model stores it), before any edit.
 
         Args:
             folder: must not hold a journal with batches; one without is replaced.
             weights: any shape, dtype and device.
             transposed: name -> whether it is stored as [d_in, d_out]; see `orientations`.
+            masters: names of weights that have a master copy, which is now the weight itself.
 
         Raises:
             ConfigError: there is a journal with batches.
@@ -75,12 +86,13 @@ class Journal:
             remedy = "Continue that run with --resume, or choose another folder."
             raise ConfigError("the journal", str(folder), "a folder without one", remedy)
         metadata = {
-            "format": _FORMAT,
+            "format": _MASTERED if masters else _FORMAT,
             "names": json.dumps(list(weights)),
             "transposed": json.dumps([name for name in weights if transposed[name]]),
             "fingerprint": fingerprint(weights.items()),
             "torch": str(torch.__version__),
         }
+        metadata |= Mastered.among(weights, masters).metadata()
         write_tensors(folder / _BASE, weights, metadata)
         return cls(folder, metadata)
 
@@ -94,11 +106,12 @@ class Journal:
         if not (folder / _BASE).exists() and not numbered(folder):
             raise CacheError(str(folder), "no journal", "the journal of a run", "Give the folder of a run.")
         base, metadata = tensors(folder / _BASE, 0)
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") not in (_FORMAT, _MASTERED):
             remedy = "Read it with the version of sphere-plugin that wrote it."
-            raise CacheError(str(folder / _BASE), metadata.get("format"), f"a journal of format {_FORMAT}", remedy)
+            expected = f"a journal of format {_FORMAT} or {_MASTERED}"
+            raise CacheError(str(folder / _BASE), metadata.get("format"), expected, remedy)
         journal = cls(folder, metadata)
-        journal._state = (0, base)
+        journal._state = (0, journal.mastered.starting(base))
         return journal
 
     def __len__(self) -> int:
@@ -162,6 +175,7 @@ class Journal:
         after: Mapping[str, Tensor],
         updates: Mapping[str, Update] | None = None,
         keys: Mapping[str, Tensor] | None = None,
+        masters: Mapping[str, Tensor] | None = None,
     ) -> int:
         """Write a batch that has just been done.
 
@@ -171,6 +185,8 @@ class Journal:
             updates: name -> what was added to it, [d_out, d_in]; factors are stored instead of the whole weight
                 where that takes less room, and anything else is as good as nothing.
             keys: name -> keys [d_in, u] that a method remembers.
+            masters: name -> the master copy after it, float32, stored as the weight is. Where there is none, or it is
+                not what the weight is a rounding of, the copy starts anew from the weight.
 
         Returns:
             The number of the batch.
@@ -183,12 +199,13 @@ class Journal:
         if not isinstance(edits, int) or edits < 0:
             raise ConfigError("edits of the record", edits, "how many edits are in the weights", "Fill it in.")
         before = self._at(len(self))
-        now = {name: after[name].detach().to("cpu", copy=True).contiguous() for name in self.names}
+        live = {name: after[name].detach() for name in self.names}
+        now = {name: self.mastered.state(name, one, (masters or {}).get(name)) for name, one in live.items()}
         entries = encode(before, now, updates or {}, self.transposed)
         entries |= {f"{name}/keys": matrix for name, matrix in (keys or {}).items()}
         number = len(self) + 1
-        told = {key: value for key, value in record.items() if key not in ("batch", "after")}
-        whole = plain({"batch": number, **told, "after": self.fingerprint_of(now)})
+        told = {key: value for key, value in record.items() if key not in ("batch", "after", "masters")}
+        whole = plain({"batch": number, **told, "after": self.fingerprint_of(live), **self.mastered.told(now)})
         metadata = {"threads": str(torch.get_num_threads()), "record": digest(whole)}
         write_tensors(self._path(number, "safetensors"), entries, metadata)
         write_json(self._path(number, "json"), whole)
@@ -203,12 +220,21 @@ class Journal:
                 recorded, on as many threads as then, too.
         """
         self._check_number(number)
-        return {name: weight.clone() for name, weight in self._at(number).items()}
+        return {name: weight.clone() for name, weight in self.mastered.live(self._at(number)).items()}
+
+    def masters_after(self, number: int) -> Weights:
+        """Name -> the master copy after ``number`` batches, float32, on the CPU, of the weights that have one.
+
+        Raises:
+            CacheError: as `weights_after`.
+        """
+        self._check_number(number)
+        return {name: state.clone() for name, state in self._at(number).items() if name in self.mastered.dtypes}
 
     def restore(self, number: int, weights: Mapping[str, Tensor]) -> None:
         """Write the weights after ``number`` batches into the live ``weights``."""
         with torch.no_grad():
-            for name, weight in self._at(number).items():
+            for name, weight in self.mastered.live(self._at(number)).items():
                 weights[name].copy_(weight)
 
     def truncate(self, number: int, keep: bool = True) -> Path | None:
@@ -255,18 +281,28 @@ class Journal:
     # ---- from what is stored to the weights ----
 
     def _at(self, number: int) -> Weights:
-        """The weights after ``number`` batches; not to be written to."""
+        """The states after ``number`` batches; not to be written to."""
         if self._state is None or self._state[0] != number:
-            weights = self._replay(number)
-            if self.fingerprint_of(weights) != self.fingerprint(number):
-                weights = self._replay_as_then(number)
-            self._state = (number, weights)
+            states = self._replay(number)
+            if self._mismatch(number, states):
+                states = self._replay_as_then(number)
+            self._state = (number, states)
         return self._state[1]
+
+    def _mismatch(self, number: int, states: Weights) -> tuple[str, str, str] | None:
+        """What is other in ``states`` than after ``number`` batches, got and expected; None if nothing is."""
+        got, told = self.fingerprint_of(self.mastered.live(states)), self.mastered.told(states)
+        if got != self.fingerprint(number):
+            return "weights", got, self.fingerprint(number)
+        expected = self.record(number).get("masters") if number else None
+        if number and told.get("masters") != expected:
+            return "master copies", str(told.get("masters")), str(expected)
+        return None
 
     def _known(self, number: int) -> tuple[int, Weights]:
         if self._state is not None and self._state[0] <= number:
             return self._state
-        return 0, tensors(self.folder / _BASE, 0)[0]
+        return 0, self.mastered.starting(tensors(self.folder / _BASE, 0)[0])
 
     def _replay(self, number: int) -> Weights:
         """Each weight from the last batch that stored it whole."""
@@ -291,27 +327,19 @@ class Journal:
         for batch in range(known + 1, number + 1):
             entries, metadata = tensors(self._path(batch, "safetensors"), batch)
             for threads in (torch.get_num_threads(), int(metadata["threads"])):
-                with _threads(threads):
+                with on_threads(threads):
                     new = {n: replayed(n, weights[n], entries, n in self.transposed) for n in self.names}
-                if self.fingerprint_of(new) == self.fingerprint(batch):
+                wrong = self._mismatch(batch, new)
+                if wrong is None:
                     break
-            else:
+            if wrong is not None:
+                what, got, expected = wrong
                 raise CacheError(
-                    f"the weights after batch {batch} of {self.folder}",
-                    self.fingerprint_of(new),
-                    f"{self.fingerprint(batch)}, as recorded",
+                    f"the {what} after batch {batch} of {self.folder}",
+                    got,
+                    f"{expected}, as recorded",
                     "Read the journal on the kind of machine, and with the version of torch, that wrote it: sums of "
                     "floating point numbers depend on both. No file is damaged.",
                 )
             weights = new
         return weights
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

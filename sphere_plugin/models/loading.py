@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 
 from sphere_plugin.errors import ModelError
 from sphere_plugin.models.embedded import EMBEDDED_NAME, check_tokenizer, embedded_model
+from sphere_plugin.models.quantised import REMEDY, quantised_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,11 +56,21 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         expected = f"a causal language model that loads ({_first_line(error)})"
-        raise ModelError("model", name, expected, _REMEDY) from error
+        raise ModelError("model", name, expected, _way_out(place)) from error
     if name == EMBEDDED_NAME:
         check_tokenizer(tokenizer)  # made by one version of transformers, perhaps read by another
     _set_pad_token(model, tokenizer, name)
     return (model if device_map else model.to(device)).eval(), tokenizer
+
+
+def _way_out(place: str) -> str:
+    """What to do about a model that does not load; a quantised one wants a library that would not help editing."""
+    from transformers import AutoConfig
+
+    with suppress(OSError, ValueError, KeyError, ImportError, RuntimeError):
+        if quantised_by(AutoConfig.from_pretrained(place)) is not None:
+            return REMEDY
+    return _REMEDY
 
 
 def _place(name: str) -> str:

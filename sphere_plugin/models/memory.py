@@ -1,9 +1,12 @@
-"""Work in pieces that fit into memory: as large as a budget of tokens allows, halved where memory says otherwise."""
+"""Work in pieces that fit into memory, as large as a budget of tokens allows; and how much memory there is."""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -51,6 +54,38 @@ def work_through(
         _LOG.warning("out of memory on %d rows: going on with %d tokens at once", len(piece), budget)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def cut(rows: Sequence[Row], length: Callable[[Row], int], budget: int) -> list[Sequence[Row]]:
+    """The pieces in which `work_through` does ``rows`` where memory suffices."""
+    pieces: list[Sequence[Row]] = []
+    first = 0
+    while first < len(rows):
+        pieces.append(rows[first : first + _fitting(rows, first, length, budget)])
+        first += len(pieces[-1])
+    return pieces
+
+
+def free_bytes(device: str) -> int | None:
+    """Bytes that are free on a device, "cpu" or "cuda:1"; None where nobody says, or there is none."""
+    if device.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return int(torch.cuda.mem_get_info(device)[0]) if (torch.device(device).index or 0) < count else None
+    try:
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        pages = getattr(os, "sysconf_names", {})
+        known = "SC_AVPHYS_PAGES" in pages and "SC_PAGE_SIZE" in pages
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", told)  # what is free, and what the system caches meanwhile
+    return None if found is None else 1024 * int(found[1])
+
+
+def in_words(count: int | None) -> str:
+    """Bytes as "3.3 GiB" or "12.0 MiB"."""
+    if count is None:
+        return "an unknown amount"
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

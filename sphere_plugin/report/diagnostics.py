@@ -63,7 +63,7 @@ TRACES: Final = (
     Trace("Change of HE (10⁻⁴)", energy, 2),
 )
 COLUMNS: Final = ("rank", "removed_share", "solved_norm", "update_norm", "weight_norm", "sigma_max") + (
-    ("right_norm", "null_space")
+    ("right_norm", "null_space", "rounding_loss", "master_gap")
 )
 ENERGIES: Final = ("energy_0", "energy_1", "energy_2")
 

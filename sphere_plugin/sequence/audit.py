@@ -14,14 +14,16 @@ import torch
 from sphere_plugin.data import Record
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import CacheError, ConfigError
-from sphere_plugin.evaluation.auditor import Auditor, Measured
+from sphere_plugin.evaluation.auditor import Measured
 from sphere_plugin.evaluation.audits import EDITED, KINDS, NEIGHBOURS, Audit, path_of, read_audits, write_audit
 from sphere_plugin.evaluation.embeddings import MINILM, Embedder
 from sphere_plugin.evaluation.paraphrases import RECORD, TEMPLATES, Probe, Source, edited, neighbours
 from sphere_plugin.evaluation.responses import Sampling
-from sphere_plugin.files import check_writable, fingerprint
+from sphere_plugin.files import check_writable
 from sphere_plugin.journaling.revisit import Revisited, opened
+from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.sequence.finished import facts_of
+from sphere_plugin.sequence.panel import Panel
 
 # Neighbourhood prompts of a fact: S2 and S3 of the paper's Table 2.
 AROUND = 2
@@ -116,31 +118,44 @@ class RunAudit:
         """Whether anything is still to be measured."""
         return any(self._missing(edits) for edits in self.probes)
 
-    def measure(self, embed: Embedder, others: Iterable[RunAudit] = (), tell: Progress = lambda *_: None) -> None:
+    def measure(
+        self,
+        embed: Embedder,
+        others: Iterable[RunAudit] = (),
+        tell: Progress = lambda *_: None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         """Measure what is missing; every probe is kept once it is measured.
 
         Args:
             embed: makes vectors of sentences.
             others: runs whose unedited model may be the same; what is known of it is taken over.
             tell: told about the work.
+            ranks: those that share it; the others have a `Panel`, see `panel.convene`.
 
         Raises:
             ModelError: a model gives numbers that are not finite.
             CacheError: the disk is full.
         """
-        seen = Revisited(self.folder, self.options.model)
-        seen.model.to(self.options.device)
-        model = fingerprint(seen.model.state_dict().items())
-        auditor = Auditor(seen.model, seen.tokenizer, embed, self.options.sampling)
+        seen, options = Revisited(self.folder, self.options.model), self.options
+        ranks.order("begin", dict(seen.known), options.embedder, options.sampling, options.device)
+        panel = ranks.together(
+            "begin",
+            lambda: Panel(seen.model, seen.tokenizer, embed, options.sampling, options.device, ranks),
+        )
+        model = panel.identity
         for edits in sorted(self.probes):
             if not edits:
                 self._take_over(model, others)
             missing = self._missing(edits)
             if missing:
                 seen.go(edits)
-            for kind, probe in missing:
-                self._keep(edits, model, kind, [auditor.measure(probe)])
-                tell(f"{self.label} after {edits}", 1, len(missing))
+                panel.follow(list(seen.weights))
+            for first in range(0, len(missing), ranks.size):
+                turn = missing[first : first + ranks.size]
+                for (kind, _), measured in zip(turn, panel.measure([probe for _, probe in turn]), strict=True):
+                    self._keep(edits, model, kind, [measured])
+                    tell(f"{self.label} after {edits}", 1, len(missing))
 
     # ---- what is there ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 
 from sphere_plugin.errors import ConfigError, ModelError
@@ -12,9 +13,14 @@ from sphere_plugin.evaluation.paraphrases import source_of
 from sphere_plugin.evaluation.responses import Sampling
 from sphere_plugin.evaluation.uncertainty import Change
 from sphere_plugin.journaling import run_lock
+from sphere_plugin.parallel.joining import joined
+from sphere_plugin.parallel.ranks import Ranks
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.audit import Options, RunAudit
 from sphere_plugin.sequence.finished import moments_of, runs_in
+from sphere_plugin.sequence.panel import convene
+
+_LOG = logging.getLogger("sphere_plugin")
 
 _HEADS = ("edits", "prompts", "U before", "U after", "ΔU", "95 % from", "to", "aleatoric", "epistemic")
 
@@ -22,9 +28,19 @@ _HEADS = ("edits", "prompts", "U before", "U after", "ΔU", "95 % from", "to", "
 def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     """Audit a run or a comparison; returns the exit code, 1 if a model could not be asked, and the tables.
 
+    Under torchrun this is called in every process; rank 0 says what the others ask.
+
     Raises:
         SphereError: a folder, a file or a setting that cannot be, before anything is measured.
     """
+    with joined() as ranks:
+        if ranks.is_main:
+            return _run(arguments, ranks)
+        ranks.follow(convene, lambda error: _LOG.debug("%s", error))  # rank 0 tells
+    return 0, []
+
+
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[int, list[str]]:
     target, options = arguments.target.expanduser(), options_of(arguments)
     source = source_of(options.paraphrases)
     runs = [RunAudit(folder, options, source) for folder in runs_in(target)]
@@ -38,7 +54,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
             continue
         try:
             with run_lock(one.folder / FOLDER):
-                one.measure(embed, [other for other in runs if other is not one], Bars())
+                one.measure(embed, [other for other in runs if other is not one], Bars(), ranks)
         except ModelError as error:
             failed.append(f"{one.label}: {error}")
     return int(bool(failed)), [*table(runs, options.at), *failed, "", f"sphere report {target}"]

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import platform
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import yaml
 from tqdm import tqdm
 
-from sphere_plugin.errors import ConfigError
+from sphere_plugin.errors import ConfigError, SphereError
 from sphere_plugin.files import read_json
+from sphere_plugin.parallel.environment import log_name
+from sphere_plugin.parallel.joining import joined
+from sphere_plugin.parallel.ranks import Ranks
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.compare import COMPARISON, Ended, compare, refuse_used
+from sphere_plugin.sequence.crew import Crew
 from sphere_plugin.sequence.entries import label, parse
 from sphere_plugin.sequence.manifest import read_manifest
-from sphere_plugin.sequence.plan import plan
+from sphere_plugin.sequence.plan import needs_of, plan
 from sphere_plugin.sequence.presets import preset
 from sphere_plugin.sequence.runner import check, resume, start
 from sphere_plugin.sequence.settings import RunSettings
 from sphere_plugin.sequence.workers import logged
+
+_LOG = logging.getLogger("sphere_plugin")
 
 # Flags that say what to do; all others are for a new run.
 _ANY: Final = ("run", "resume", "without_guard", "jobs")
@@ -31,22 +42,70 @@ _SAME: Final = ("data", "text", "edits", "batch_size", "checkpoints", "order", "
 
 
 def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
-    """Start, continue or plan a run; returns the exit code, 1 if an entry failed or was stopped, and what to say."""
+    """Start, continue or plan a run; returns the exit code, 1 if an entry failed or was stopped, and what to say.
+
+    Under torchrun this is called in every process; what rank 0 does, the others do with it.
+    """
+    with joined() as ranks:
+        if ranks.is_main:
+            return _run(arguments, ranks)
+        follow(ranks)
+    return 0, []
+
+
+def follow(ranks: Ranks) -> None:
+    """What a process other than rank 0 does in runs: its share, until rank 0 ends."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    with ExitStack() as around:
+
+        def begin(ranks: Ranks, settings: dict[str, Any], folder: str) -> Crew:
+            around.close()
+            around.enter_context(logged(Path(folder) / "logs", log_name(ranks.rank)))
+            _LOG.info("rank %d of %d: process %d on %s", ranks.rank, ranks.size, os.getpid(), platform.node())
+            place = around.enter_context(TemporaryDirectory(prefix="sphere-rank-"))  # for what EasyEdit logs
+            return Crew(RunSettings.from_mapping(settings), Path(place), ranks)
+
+        ranks.follow(begin, _log)
+
+
+def _log(error: Exception) -> None:
+    _LOG.error("%s: %s", type(error).__name__, error, exc_info=None if isinstance(error, SphereError) else error)
+
+
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[int, list[str]]:
     if arguments.resume is not None:
         _refuse_others(arguments)
         folder = arguments.resume.expanduser().resolve()
-        return _told(_resumed(folder, arguments), folder)
+        return _told(_resumed(folder, arguments, ranks), folder)
     settings = settings_of(arguments)
     check(settings)
     if arguments.plan:
-        return 0, [plan(settings.for_entry(entry)).sentence(label(entry)) for entry in settings.entries]
+        if ranks.size > 1:
+            raise ConfigError("--plan", f"{ranks.size} processes", "one", "Start it without torchrun.")
+        return _planned(settings)
     if arguments.out is None:
         raise ConfigError("--out", "nothing", "a folder for the run", "Write --out runs/NAME.")
     out = arguments.out.expanduser().resolve()
     refuse_used(out)
     if arguments.compare is None and len(settings.entries) == 1:
-        return _told(_single(settings, out), out)
-    return _told(_several(settings, out, arguments), out)
+        return _told(_single(settings, out, ranks), out)
+    return _told(_several(settings, out, arguments, ranks), out)
+
+
+def _planned(settings: RunSettings) -> tuple[int, list[str]]:
+    """What each entry needs and would take; one that does not fit is not tried, and makes the exit code 1."""
+    code, lines = 0, []
+    for entry in settings.entries:
+        single = settings.for_entry(entry)
+        needs = needs_of(single)
+        lines += [f"{label(entry)}, {text}" for text, _ in needs]
+        if any(short for _, short in needs):
+            code = 1
+        else:
+            lines.append(plan(single).sentence(label(entry)))
+    return code, lines
 
 
 def _refuse_others(arguments: argparse.Namespace) -> None:
@@ -97,24 +156,25 @@ def _with(settings: Mapping[str, Mapping[str, Any]], given: list[str]) -> Mappin
     return found
 
 
-def _single(settings: RunSettings, out: Path) -> list[Ended]:
+def _single(settings: RunSettings, out: Path, ranks: Ranks) -> list[Ended]:
     with logged(out):
-        outcome = start(settings, out, Bars(hide=frozenset(("aiming",))))
+        outcome = start(settings, out, Bars(hide=frozenset(("aiming",))), ranks)
     return [Ended(settings.entries[0], outcome.edits, outcome.stopped)]
 
 
-def _resumed(folder: Path, arguments: argparse.Namespace) -> list[Ended]:
+def _resumed(folder: Path, arguments: argparse.Namespace, ranks: Ranks) -> list[Ended]:
     if (folder / COMPARISON).exists():
-        return _several(RunSettings.from_mapping(read_json(folder / COMPARISON)), folder, arguments)
+        return _several(RunSettings.from_mapping(read_json(folder / COMPARISON)), folder, arguments, ranks)
     entry = read_manifest(folder)["entry"]
     with logged(folder):
-        outcome = resume(folder, Bars(hide=frozenset(("aiming",))), guarded=not arguments.without_guard)
+        outcome = resume(folder, Bars(hide=frozenset(("aiming",))), not arguments.without_guard, ranks)
     return [Ended(entry, outcome.edits, outcome.stopped)]
 
 
-def _several(settings: RunSettings, out: Path, arguments: argparse.Namespace) -> list[Ended]:
+def _several(settings: RunSettings, out: Path, arguments: argparse.Namespace, ranks: Ranks) -> list[Ended]:
+    guarded = not arguments.without_guard
     with tqdm(total=settings.edits * len(settings.entries), desc="edits") as bar:
-        return compare(settings, out, arguments.jobs, lambda done: _set(bar, done), not arguments.without_guard)
+        return compare(settings, out, arguments.jobs, lambda done: _set(bar, done), guarded, ranks)
 
 
 def _set(bar: tqdm[Any], done: int) -> None:

@@ -12,10 +12,11 @@ from typing import Any, Final
 import torch
 
 from sphere_plugin.editing.config import check_number
-from sphere_plugin.errors import ConfigError, SphereError
+from sphere_plugin.errors import ConfigError, RanksError, SphereError
 from sphere_plugin.files import write_json
 from sphere_plugin.journaling import Journal
 from sphere_plugin.journaling.disk import numbered
+from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.sequence.guard import Events
 from sphere_plugin.sequence.manifest import NAME
 from sphere_plugin.sequence.runner import Run, check, resume, start
@@ -70,10 +71,12 @@ def compare(
     jobs: int = 1,
     progress: Callable[[int], None] | None = None,
     guarded: bool = True,
+    ranks: Ranks = ALONE,
 ) -> list[Ended]:
     """Run every entry in ``folder/<entry>``, or go on with it where it was stopped.
 
-    An entry that fails, or whose process is killed, leaves the others alone; its folder has the log.
+    An entry that fails, or whose process is killed, leaves the others alone; its folder has the log. Where processes
+    share the work, entries run one after the other in them, and a process that is killed ends the comparison.
 
     Args:
         settings: of the comparison.
@@ -81,14 +84,19 @@ def compare(
         jobs: entries at a time; the threads of torch are shared out among them.
         progress: told the number of edits done, of all entries, from time to time.
         guarded: see `resume`.
+        ranks: see `Run`.
 
     Raises:
         SphereError: what can be said before anything is started.
     """
     check_number("--jobs", jobs, 1, whole=True)
+    if ranks.size > 1 and jobs > 1:
+        raise ConfigError("--jobs", jobs, f"1: {ranks.size} processes share each entry", "Leave it out.")
     check(settings)
     write_json(folder / COMPARISON, settings.plain())
     tasks = [Task(settings.for_entry(entry), folder / entry) for entry in settings.entries]
+    if ranks.size > 1:
+        return _one_after_the_other(tasks, progress or (lambda done: None), guarded, ranks)
     if settings.share_targets:  # once, before two entries look for them at the same time
         with workers_environment(max(1, torch.get_num_threads() // jobs)):
             _side_by_side(_find_targets, tasks[:1], 1, guarded, lambda: None)
@@ -106,6 +114,16 @@ def run_all(
     told = progress or (lambda done: None)
     with workers_environment(max(1, torch.get_num_threads() // jobs)):
         return _side_by_side(_work, tasks, jobs, guarded, lambda: told(sum(task.done for task in tasks)))
+
+
+def _one_after_the_other(
+    tasks: Sequence[Task], told: Callable[[int], None], guarded: bool, ranks: Ranks
+) -> list[Ended]:
+    ended = []
+    for task in tasks:
+        ended.append(_work(task.settings, task.folder, guarded, ranks))
+        told(sum(one.done for one in tasks))
+    return ended
 
 
 def _side_by_side(
@@ -169,14 +187,16 @@ def _find_targets(settings: RunSettings, folder: Path, guarded: bool) -> Ended: 
     return Ended(settings.entries[0], 0)
 
 
-def _work(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
+def _work(settings: RunSettings, folder: Path, guarded: bool, ranks: Ranks = ALONE) -> Ended:
     entry, begun = settings.entries[0], (folder / NAME).exists()
     stopped = _stopped(folder) if begun and guarded else None
     if stopped is not None:
         return Ended(entry, _done(settings, folder), stopped=stopped)
     try:
         with logged(folder):
-            outcome = resume(folder, guarded=guarded) if begun else start(settings, folder)
+            outcome = resume(folder, None, guarded, ranks) if begun else start(settings, folder, None, ranks)
+    except RanksError:  # there are no processes for another entry
+        raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it ends this entry only
         failed = str(error) if isinstance(error, SphereError) else f"{type(error).__name__}: {error}"
         return Ended(entry, _done(settings, folder), failed=failed)

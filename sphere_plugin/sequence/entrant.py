@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_plugin.data import Record
-from sphere_plugin.easyedit.hosted import Hosted
+from sphere_plugin.easyedit.hosted import Hosted, Share
 from sphere_plugin.easyedit.method import Session
 from sphere_plugin.editing.aim import Aimed
 from sphere_plugin.files import fingerprint
@@ -19,6 +19,7 @@ from sphere_plugin.geometry import Factors
 from sphere_plugin.geometry.neurons import neurons
 from sphere_plugin.journaling import Snapshot
 from sphere_plugin.journaling.store import orientations
+from sphere_plugin.parallel.ranks import ALONE, Ranks
 
 # Settings that targets depend on.
 AIMING: Final = ("layers", "layer_module_tmp", "v_loss_layer", "fact_token", "v_num_grad_steps", "v_lr") + (
@@ -56,6 +57,11 @@ class Entrant(Protocol):
         """Name -> live weight, of all that it may write."""
         ...
 
+    @property
+    def masters(self) -> Mapping[str, Tensor]:
+        """Name -> float32 master copy of the weight as it is now, of those that have one."""
+        ...
+
     def prepare(self) -> Sequence[str]:
         """Do what has to be done on the unedited model; returns the prefixes facts are edited behind."""
         ...
@@ -64,7 +70,9 @@ class Entrant(Protocol):
         """Write batch ``number``, from 1; ``aimed`` are its targets where they are known."""
         ...
 
-    def resume(self, batches: Iterator[Mapping[str, Tensor]], memory: Mapping[str, Tensor]) -> None:
+    def resume(
+        self, batches: Iterator[Mapping[str, Tensor]], memory: Mapping[str, Tensor], masters: Mapping[str, Tensor]
+    ) -> None:
         """Go on after these batches, given by their keys; their edits are in the weights, see `Editor.resume`."""
         ...
 
@@ -73,9 +81,9 @@ class Entrant(Protocol):
         ...
 
 
-def entrant_of(editor: Any, seed: int) -> Entrant:
-    """The entrant that edits through ``editor``, a BaseEditor."""
-    return OwnEntrant(editor) if isinstance(editor.apply_algo, Session) else HostEntrant(editor, seed)
+def entrant_of(editor: Any, seed: int, ranks: Ranks = ALONE) -> Entrant:
+    """The entrant that edits through ``editor``, a BaseEditor, with its share of the work among ``ranks``."""
+    return OwnEntrant(editor, ranks) if isinstance(editor.apply_algo, Session) else HostEntrant(editor, seed)
 
 
 def request_of(record: Record) -> dict[str, Any]:
@@ -88,11 +96,13 @@ class OwnEntrant:
 
     Args:
         editor: a BaseEditor for SPHERE, RECT or PRUNE.
+        ranks: those that share the work; all of them call `prepare`, `aim`, `apply` and `resume` together.
     """
 
-    def __init__(self, editor: Any) -> None:
+    def __init__(self, editor: Any, ranks: Ranks = ALONE) -> None:
         self.model, self.tokenizer = editor.model, editor.tok
         self.editor = editor.apply_algo.open(editor.model, editor.tok, editor.hparams)
+        self.editor.join(ranks)
         self._names = {layer: rewrite.name for layer, rewrite in self.editor.anatomy.rewrites.items()}
         self._remembers = self.editor.config.base_method == "AlphaEdit"
 
@@ -101,6 +111,12 @@ class OwnEntrant:
         """Name -> live weight."""
         weights: Mapping[str, nn.Parameter] = self.editor.anatomy.weights
         return weights
+
+    @property
+    def masters(self) -> Mapping[str, Tensor]:
+        """The editor's, with master_copy."""
+        copies: dict[str, Tensor] = self.editor.masters
+        return copies
 
     def prepare(self) -> Sequence[str]:
         """Write the prefixes and count the key statistics."""
@@ -125,7 +141,7 @@ class OwnEntrant:
         """Write a batch."""
         report = self.editor.apply([request_of(record) for record in records], aimed)
         told = ("name", "rank", "removed_share", "solved_norm", "update_norm", "weight_norm") + (
-            ("right_norm", "null_space")
+            ("right_norm", "null_space", "rounding_loss", "master_gap")
         )
         return Done(
             layers=[{name: getattr(layer, name) for name in told} for layer in report.layers],
@@ -135,12 +151,17 @@ class OwnEntrant:
             steps=report.aimed.steps.tolist(),
         )
 
-    def resume(self, batches: Iterator[Mapping[str, Tensor]], memory: Mapping[str, Tensor]) -> None:
-        """Learn the keys of earlier batches again, and what the restraints knew."""
+    def resume(
+        self, batches: Iterator[Mapping[str, Tensor]], memory: Mapping[str, Tensor], masters: Mapping[str, Tensor]
+    ) -> None:
+        """Learn the keys of earlier batches again, what the restraints knew, and the master copies."""
         nothing = torch.empty(0)  # MEMIT does not look at keys of earlier batches
         self.editor.resume(
-            {layer: keys[name] if self._remembers else nothing for layer, name in self._names.items()}
-            for keys in batches
+            (
+                {layer: keys[name] if self._remembers else nothing for layer, name in self._names.items()}
+                for keys in batches
+            ),
+            masters,
         )
         self.editor.recall(memory)
 
@@ -170,6 +191,11 @@ class HostEntrant:
         """Name -> live weight, of all that the method may write."""
         return self._hosted.weights
 
+    @property
+    def masters(self) -> Mapping[str, Tensor]:
+        """None: a method of EasyEdit has rounded what it wrote before anybody sees it."""
+        return {}
+
     def prepare(self) -> Sequence[str]:
         """Have the method write its prefixes on the unedited model."""
         return self._hosted.prepare()
@@ -180,16 +206,18 @@ class HostEntrant:
         shares = self._hosted.apply([request_of(record) for record in records], number)
         return Done([self._layer(name, old, shares.get(name)) for name, old in before.tensors.items()])
 
-    def _layer(self, name: str, old: Tensor, told: tuple[int, float] | None) -> dict[str, Any]:
+    def _layer(self, name: str, old: Tensor, told: Share | None) -> dict[str, Any]:
         live = self.weights[name].detach()
         old = neurons(old, self._transposed[name]).float()
         delta = neurons(live, self._transposed[name]).float() - old
         size = float(torch.linalg.vector_norm(delta))
-        rank, removed = told or (0, None)
+        rank, removed, lost = told or (0, None, None)
         sizes = {"solved_norm": None, "update_norm": size, "weight_norm": float(torch.linalg.vector_norm(old))}
-        return {"name": name, "rank": rank, "removed_share": removed, **sizes}
+        return {"name": name, "rank": rank, "removed_share": removed, **sizes, "rounding_loss": lost}
 
-    def resume(self, batches: Iterator[Mapping[str, Tensor]], memory: Mapping[str, Tensor]) -> None:
+    def resume(
+        self, batches: Iterator[Mapping[str, Tensor]], memory: Mapping[str, Tensor], masters: Mapping[str, Tensor]
+    ) -> None:
         """Nothing but the weights is remembered; methods for which that is not so are refused when a run starts."""
 
     def memory(self) -> dict[str, Tensor]:

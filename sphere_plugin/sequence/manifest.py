@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -27,11 +28,18 @@ from sphere_plugin.sequence.settings import RunSettings
 _LOG = logging.getLogger("sphere_plugin")
 
 FORMAT: Final = 1
+_DEFAULTS: Final = MappingProxyType({"master_copy": False, "stats_device": None, "bf16": False})
 NAME: Final = "manifest.json"
 
 
 def manifest_of(
-    settings: RunSettings, hparams: Any, model: str, dtype: torch.dtype, contexts: Sequence[str], weights: str
+    settings: RunSettings,
+    hparams: Any,
+    model: str,
+    dtype: torch.dtype,
+    contexts: Sequence[str],
+    weights: str,
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """The content of a new run's manifest, docs/run-folder.md.
 
@@ -42,6 +50,7 @@ def manifest_of(
         dtype: of the edited weights.
         contexts: prefixes facts are edited behind.
         weights: fingerprint of the touched weights before any edit.
+        ranks: how many processes share the run.
     """
     given = {**vars(hparams), "model_name": Path(model).name}
     blocks = {key: dataclasses.asdict(one) for key, one in given.items() if isinstance(one, RectConfig | PruneConfig)}
@@ -67,6 +76,7 @@ def manifest_of(
         "contexts": list(contexts),
         "seed": settings.seed,
         "settings": settings.plain() | {"model": model},
+        "ranks": ranks,
         **surroundings(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -118,7 +128,8 @@ def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) ->
         if then[part][key] != now[part][key]:
             remedy = "Continue with what the run began with, or begin a new one."
             raise CacheError(f"{folder}: {what}", now[part][key], f"{then[part][key]}, as in the manifest", remedy)
-    old, new = ({**told["method"]["hparams"], "stats_dir": None} for told in (then, now))
+    # A setting that the manifest's version did not know was what it is by default.
+    old, new = ({**_DEFAULTS, **told["method"]["hparams"], "stats_dir": None} for told in (then, now))
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
             remedy = "Put the YAML back as it was, or begin a new run."
@@ -126,11 +137,12 @@ def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) ->
     if then["contexts"] != now["contexts"]:
         remedy = "They come from the model and the seed: use the versions of the manifest, or begin a new run."
         raise CacheError(f"{folder}: prefixes", now["contexts"], f"{then['contexts']}, as in the manifest", remedy)
-    for key in ("threads", "versions", "machine"):
-        if then[key] != now[key]:
+    for key in ("ranks", "threads", "versions", "machine"):
+        old, new = then.get(key, 1), now[key]  # manifests of older versions have no ranks
+        if old != new:
             _LOG.warning(
                 "the run began with %s %s and goes on with %s: its last digits may differ from an uninterrupted one's",
                 key,
-                then[key],
-                now[key],
+                old,
+                new,
             )

@@ -16,6 +16,7 @@ from sphere_plugin.errors import CacheError, ConfigError, SphereError
 from sphere_plugin.evaluation.abilities import PERPLEXITY, Score, Suite
 from sphere_plugin.files import read_json, write_json
 from sphere_plugin.journaling.disk import plain
+from sphere_plugin.models.placement import input_device
 from sphere_plugin.sequence.manifest import read_manifest, surroundings
 from sphere_plugin.sequence.settings import RunSettings
 
@@ -117,7 +118,7 @@ class Abilities:
 
     def _write(self, edits: int, weights: str, tasks: Mapping[str, Any], model: Any) -> None:
         if self._folder is not None:
-            around = surroundings() | {"device": str(next(model.parameters()).device)}
+            around = surroundings() | {"device": str(input_device(model))}
             content = {"format": FORMAT, "edits": edits, "weights": weights, "tasks": dict(tasks), **around}
             write_json(path_of(self._folder, edits), plain(content))
 

@@ -1,4 +1,7 @@
-"""What a run would take, from a short probe: nothing is kept, and nothing is written but key statistics."""
+"""What a run would take: memory by formulas, time and disk from a short probe.
+
+Nothing is kept, and nothing is written but key statistics.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,13 @@ from typing import Final
 
 from torch import Tensor
 
+from sphere_plugin.easyedit.hparams import SphereHyperParams, dtype_of
+from sphere_plugin.editing.budget import Batch
+from sphere_plugin.editing.needs import Where, shape_of, told
 from sphere_plugin.geometry import Factors
 from sphere_plugin.journaling import all_or_nothing
+from sphere_plugin.models.stored import structure
+from sphere_plugin.sequence.entries import hparams_of, settings_of
 from sphere_plugin.sequence.runner import Run
 from sphere_plugin.sequence.settings import RunSettings
 
@@ -71,6 +79,21 @@ def plan(settings: RunSettings) -> Plan:
     kept += sum(min(_bytes(run.weights[name]), facts * _factors(one)) for name, one in done.updates.items())
     kept = kept if done.updates else whole
     return Plan(editing, scoring, int(whole + batches * kept), _peak(), count)
+
+
+def needs_of(settings: RunSettings) -> list[tuple[str, bool]]:
+    """What a run of one entry needs on each device by the formulas, and whether it has too little; no model is loaded.
+
+    A method of EasyEdit has no formulas.
+    """
+    entry = settings.entries[0]
+    hparams = hparams_of(entry, settings.hparams, settings.model, settings_of(entry, settings.settings))
+    if not isinstance(hparams, SphereHyperParams):
+        return []
+    config, device = hparams.editing(), str(hparams.device)
+    where = Where(f"cuda:{device}" if device.isdigit() else device, dtype_of(hparams).itemsize, hparams.model_parallel)
+    shape = shape_of(structure(hparams.model_name), config)
+    return told(shape, config, Batch(min(settings.batch_size, settings.edits)), where)
 
 
 def _scoring(run: Run, count: int) -> float:

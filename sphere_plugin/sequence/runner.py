@@ -5,8 +5,6 @@ What is on disk is docs/run-folder.md. Memory does not grow with the number of e
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import random
 import time
@@ -15,20 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sphere_plugin.data import Record, read_records
-from sphere_plugin.easyedit.registration import register
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.evaluation import Quality
 from sphere_plugin.files import fingerprint, read_json, read_tensors, write_json, write_tensors
 from sphere_plugin.journaling import Journal, run_lock
 from sphere_plugin.journaling.disk import plain
 from sphere_plugin.journaling.store import orientations
+from sphere_plugin.parallel.ranks import ALONE, Ranks
+from sphere_plugin.sequence.crew import Crew
 from sphere_plugin.sequence.demo import held_out
-from sphere_plugin.sequence.entrant import AIMING, Entrant, OwnEntrant, entrant_of
-from sphere_plugin.sequence.entries import absolute, hparams_of, settings_of
+from sphere_plugin.sequence.entrant import AIMING, Entrant, OwnEntrant
+from sphere_plugin.sequence.entries import hparams_of, settings_of
 from sphere_plugin.sequence.guard import Events
 from sphere_plugin.sequence.manifest import NAME, check_same, manifest_of, read_manifest
 from sphere_plugin.sequence.measured import AbilitiesAlong
@@ -78,8 +76,8 @@ def check(settings: RunSettings) -> None:
         settings.abilities.suite()
 
 
-def start(settings: RunSettings, folder: Path, progress: Progress | None = None) -> Outcome:
-    """Run one entry in a new folder.
+def start(settings: RunSettings, folder: Path, progress: Progress | None = None, ranks: Ranks = ALONE) -> Outcome:
+    """Run one entry in a new folder; see `Run`.
 
     Raises:
         SphereError: bad settings or data, before anything is computed; a folder that has a run already.
@@ -87,18 +85,19 @@ def start(settings: RunSettings, folder: Path, progress: Progress | None = None)
     if (folder / NAME).exists():
         raise ConfigError("--out", str(folder), "a folder without a run", f"Continue it with --resume {folder}.")
     with run_lock(folder):
-        run = Run(settings, folder, progress)
+        run = Run(settings, folder, progress, ranks)
         run.begin()
         return run.go()
 
 
-def resume(folder: Path, progress: Progress | None = None, guarded: bool = True) -> Outcome:
+def resume(folder: Path, progress: Progress | None = None, guarded: bool = True, ranks: Ranks = ALONE) -> Outcome:
     """Go on with the run in ``folder``; it ends where it would have ended without a stop.
 
     Args:
         folder: of the run.
         progress: see `Run`.
         guarded: False switches the guard of this run off for good, also after it has stopped the run.
+        ranks: see `Run`; their number may be another than before.
 
     Raises:
         CacheError: there is no run, a file of it is damaged, the facts or the model are others, or a process runs it.
@@ -106,7 +105,7 @@ def resume(folder: Path, progress: Progress | None = None, guarded: bool = True)
     """
     settings = RunSettings.from_mapping(read_manifest(folder)["settings"])
     with run_lock(folder):
-        run = Run(settings, folder, progress)
+        run = Run(settings, folder, progress, ranks)
         run.take_up(guarded)
         return run.go()
 
@@ -118,47 +117,49 @@ class Run:
         settings: of one entry.
         folder: locked by the caller.
         progress: told about the long parts of the work.
+        ranks: those that share the work. A run is rank 0's; the others have a `Crew`, see `command.follow`.
     """
 
-    def __init__(self, settings: RunSettings, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self, settings: RunSettings, folder: Path, progress: Progress | None = None, ranks: Ranks = ALONE
+    ) -> None:
         self.settings, self.folder = settings, folder.resolve()
         self._progress = progress or (lambda what, done, total: None)
         self.abilities = AbilitiesAlong(settings, self.folder)
-        entry = settings.entries[0]
-        self.hparams = absolute(
-            hparams_of(entry, settings.hparams, settings.model, settings_of(entry, settings.settings))
-        )
-        self._model = str(self.hparams.model_name)  # EasyEdit's methods get another name for the embedded one
-        self.records = read_records(settings.data, settings.edits, settings.order)
-        text = held_out(settings.text)
-        self.entrant, self.quality = self._open(text)
-        self.contexts = self.entrant.prepare()
+        ranks.order("begin", settings.plain(), str(self.folder))
+        self.crew = ranks.together("begin", lambda: Crew(settings, self.folder, ranks))
+        self.records = self.crew.records
+        self.contexts = self.crew.prepare()
         self._unedited = fingerprint(self.weights.items())
         self.guard, self.events = settings.guard, Events(self.folder)
         self.targets: Targets | None = None
         if settings.share_targets and isinstance(self.entrant, OwnEntrant):
-            self.targets = Targets(self.folder, settings, self.entrant, self.records)
-
-    def _open(self, text: str) -> tuple[Entrant, Quality]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # EasyEdit says that it writes a log, and writes it to the working directory.
-        with contextlib.chdir(self.folder), contextlib.redirect_stdout(io.StringIO()):
-            editor = register().base_editor(self.hparams)
-        entrant, settings = entrant_of(editor, self.settings.seed), self.settings
-        quality = Quality(
-            entrant.model, entrant.tokenizer, self.records, text, neighbours=settings.neighbours, seed=settings.seed
-        )
-        return entrant, quality
+            self.targets = Targets(self.folder, settings, self.entrant, self.crew.aim)
 
     @property
-    def weights(self) -> Mapping[str, Tensor]:
+    def entrant(self) -> Entrant:
+        """What edits."""
+        return self.crew.entrant
+
+    @property
+    def quality(self) -> Quality:
+        """What scores."""
+        return self.crew.quality
+
+    @property
+    def monitor(self) -> Monitor:
+        """What follows the edited weights."""
+        return self.crew.monitor
+
+    @property
+    def weights(self) -> Mapping[str, nn.Parameter]:
         """Name -> live weight."""
-        return self.entrant.weights
+        return self.crew.weights
 
     def begin(self) -> None:
         """Write what there is before the first edit."""
         turned = orientations(self.entrant.model, self.weights)
-        self.journal = Journal.create(self.folder / "journal", self.weights, turned)
+        self.journal = Journal.create(self.folder / "journal", self.weights, turned, self.entrant.masters)
         write_json(self.folder / NAME, self._manifest())
         self._follow(turned)
 
@@ -176,9 +177,8 @@ class Run:
         check_same(self.folder, read_manifest(self.folder), self._manifest())
         self._follow(orientations(self.entrant.model, self.weights))
         number = len(self.journal)
-        with torch.no_grad():
-            self.journal.restore(number, dict(self.weights))
-        self.entrant.resume(map(self.journal.keys, range(1, number + 1)), self._recalled(number))
+        self.crew.put(self.journal.weights_after(number))
+        self.crew.resume(number, self.journal.keys, self._recalled(number), self.journal.masters_after(number))
 
     def go(self) -> Outcome:
         """Run to the end, or to where the guard stops it."""
@@ -198,23 +198,22 @@ class Run:
         """Write batch ``number`` and its record."""
         size = self.settings.batch_size
         places = range((number - 1) * size, min(number * size, len(self.records)))
-        batch = [self.records[place] for place in places]
         aimed = self.targets.of(places) if self.targets else None
         started = time.perf_counter()
-        done = self.entrant.apply(batch, number, aimed)
+        done = self.crew.apply(places, number, aimed)
         seconds = time.perf_counter() - started
-        measured = self.monitor.batch(self.weights)
+        measured = self.crew.energies()
         record = {
             "edits": places.stop,
-            "facts": [_fact(one) for one in batch],
+            "facts": [_fact(self.records[place]) for place in places],
             "seconds": seconds,
             "losses": list(done.losses),
             "steps": list(done.steps),
-            "efficacy": self.quality.efficacy(places),
+            "efficacy": self.crew.efficacy(places),
             "layers": [{**layer, **measured.get(layer["name"], {})} for layer in done.layers],
         }
         self._keep(number, self.entrant.memory())
-        self.journal.append(record, self.weights, done.updates, done.keys)
+        self.journal.append(record, self.weights, done.updates, done.keys, self.entrant.masters)
         self._drop(number - 1)
 
     def _edits(self, number: int) -> int:
@@ -235,14 +234,10 @@ class Run:
     def _recalled(self, number: int) -> dict[str, Tensor]:
         path = self._memory(number)
         if path.exists():
-            return {name: one.to(self._device) for name, one in read_tensors(path)[0].items()}
+            return read_tensors(path)[0]
         if number and any((self.folder / "memory").glob("*.safetensors")):
             _LOG.warning("spaces are found anew after undoing: what follows differs in its last digits")
         return {}
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.weights.values())).device
 
     # ---- checkpoints ----
 
@@ -260,18 +255,17 @@ class Run:
         asked = edits or self.settings.edits  # the unedited model is asked what the last one will be
         which, fluency = self._sampled(asked), self.settings.fluency if asked == self.settings.edits else 0
         total = self.quality.prompts(asked, which, fluency)
-        scores = self.quality.score(
-            asked, which, lambda done: self._progress(f"scoring after {edits}", done, total), fluency
-        )
+        self.crew.progress = lambda done: self._progress(f"scoring after {edits}", done, total)
+        scores = self.crew.score(asked, which, fluency)
         cases = range(min(CASES, len(self.records)))
-        texts = self.quality.texts(cases, CASE_TOKENS)
+        texts = self.crew.texts(cases, CASE_TOKENS)
         records = [self.journal.record(batch) for batch in range(1, number + 1)]
         return {
             "edits": edits,
             "seconds": sum(float(record["seconds"]) for record in records),
             "scored": list(scores.scored),
             "scores": {**scores.columns(), "nll": scores.nll},
-            "energy": {name: one["energy"] for name, one in self.monitor.batch(self.weights).items()},
+            "energy": {name: one["energy"] for name, one in self.crew.energies().items()},
             "weights": self.monitor.checkpoint(self.weights),
             "cases": [{**_fact(self.records[n]), "text": text} for n, text in zip(cases, texts, strict=True)],
         }
@@ -313,19 +307,20 @@ class Run:
             left = max((point for point in self.settings.checkpoints if point < edits), default=0)
             back = self.journal.batch_at(left)
             self.journal.truncate(back)
-            self.journal.restore(back, dict(self.weights))
+            self.crew.put(self.journal.weights_after(back))
         self.events.add(edits, reason, action, left)
         return None if action == "warn" else reason
 
     def _follow(self, turned: Mapping[str, bool]) -> None:
-        self.monitor = Monitor(self.journal.weights_after(0), turned)
+        self.crew.watch(self.journal.weights_after(0), turned)
         blind = [name for name, energy in self.monitor.energy.items() if energy["2"] is None]
         if blind and self.guard and self.guard.energy is not None:
             _LOG.warning("the guard cannot see %s: zero or equal rows have no hyperspherical energy", ", ".join(blind))
 
     def _manifest(self) -> dict[str, Any]:
-        weight = next(iter(self.weights.values()))
-        return manifest_of(self.settings, self.hparams, self._model, weight.dtype, self.contexts, self._unedited)
+        crew, weight = self.crew, next(iter(self.weights.values()))
+        known = (crew.hparams, crew.name, weight.dtype, self.contexts, self._unedited)
+        return manifest_of(self.settings, *known, ranks=crew.ranks.size)
 
 
 def _fact(record: Record) -> dict[str, Any]:

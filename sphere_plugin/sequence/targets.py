@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from sphere_plugin.data import Record
 from sphere_plugin.editing.aim import Aimed
 from sphere_plugin.files import read_tensors, write_tensors
 from sphere_plugin.sequence.entrant import OwnEntrant
@@ -29,10 +28,12 @@ class Targets:
         folder: of the run.
         settings: of the run.
         entrant: with the unedited model.
-        records: the facts.
+        aim: finds the targets of the facts at the places it is called with.
     """
 
-    def __init__(self, folder: Path, settings: RunSettings, entrant: OwnEntrant, records: Sequence[Record]) -> None:
+    def __init__(
+        self, folder: Path, settings: RunSettings, entrant: OwnEntrant, aim: Callable[[range], Aimed]
+    ) -> None:
         path = folder.parent / NAME
         about = {
             "data": data_digest(settings.data),
@@ -45,8 +46,8 @@ class Targets:
             if known == about:
                 self._all = Aimed(tensors["values"], tensors["losses"], tensors["steps"])
                 return
-        size = settings.batch_size
-        parts = [entrant.aim(records[first : first + size]) for first in range(0, len(records), size)]
+        size, count = settings.batch_size, settings.edits
+        parts = [aim(range(first, min(first + size, count))) for first in range(0, count, size)]
         self._all = Aimed(*(torch.cat([getattr(part, name) for part in parts]) for name in _PARTS))
         tensors = {name: getattr(self._all, name) for name in _PARTS}
         write_tensors(path, tensors, about)

@@ -28,10 +28,10 @@ class _Log(logging.FileHandler):
 
 
 @contextmanager
-def logged(folder: Path) -> Iterator[None]:
-    """Add what this package logs in the block to ``folder/run.log``, and what ends it."""
+def logged(folder: Path, name: str = LOG) -> Iterator[None]:
+    """Add what this package logs in the block to ``folder/run.log``, or another file there, and what ends it."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = _Log(folder / LOG, encoding="utf-8", delay=True)
+    handler = _Log(folder / name, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("sphere_plugin")
     level = log.level
