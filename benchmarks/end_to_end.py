@@ -60,7 +60,7 @@ class Main:
             **vars(config),
             alg_name="AlphaEdit",
             model_name="llama",
-            device="cpu",
+            device=0 if editor.anatomy.device.type == "cuda" else "cpu",
             model_parallel=False,
             P_loc="null_space_project.pt",
             mom2_dtype="float32",
