@@ -110,3 +110,11 @@ def test_the_picture_of_the_house_names_every_room() -> None:
     for path in FILES:
         named = path.name if path.name != "__init__.py" else path.parent.name
         assert named.removesuffix(".py") in picture, f"{path.relative_to(ROOT)} is not in docs/architecture.md"
+
+
+def test_every_command_has_arguments_and_work() -> None:
+    from sphere_plugin.arguments import parser
+    from sphere_plugin.cli import COMMANDS, SHARED
+
+    (choices,) = [action.choices for action in parser()._actions if action.dest == "command"]
+    assert set(choices) == set(COMMANDS) and set(COMMANDS) >= SHARED

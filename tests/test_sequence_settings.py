@@ -12,7 +12,8 @@ import torch
 import yaml
 from pico_runs import ROOT, mapping, place, settings, write_yaml
 
-from sphere_plugin.cli import _parser, main
+from sphere_plugin.arguments import parser
+from sphere_plugin.cli import main
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.restraints import PruneConfig, RectConfig
 from sphere_plugin.sequence import command, plan, presets, runner, targets
@@ -29,7 +30,7 @@ def hparams(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def given(*argv: object) -> RunSettings:
     """The settings that a command makes."""
-    return command.settings_of(_parser().parse_args(["run", *map(str, argv)]))
+    return command.settings_of(parser().parse_args(["run", *map(str, argv)]))
 
 
 # ---- entries ----

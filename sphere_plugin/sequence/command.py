@@ -34,7 +34,7 @@ from sphere_plugin.sequence.workers import logged
 _LOG = logging.getLogger("sphere_plugin")
 
 # Flags that say what to do; all others are for a new run.
-_ANY: Final = ("run", "resume", "without_guard", "jobs")
+_ANY: Final = ("command", "resume", "without_guard", "jobs")
 # Flags that are settings of the same name.
 _SAME: Final = ("data", "text", "edits", "batch_size", "checkpoints", "order", "sample", "fluency") + (
     ("protocol", "seed", "share_targets")
