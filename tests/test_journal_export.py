@@ -96,6 +96,23 @@ def test_the_readme_lists_the_first_and_says_where_all_are(tmp_path: Path) -> No
     assert read_json(tmp_path / "out" / "edits.json")[-1] == facts[-1]
 
 
+def test_the_readme_says_what_was_measured_at_that_very_moment(tmp_path: Path) -> None:
+    Run(tmp_path)
+    scores = {"efficacy": [1.0, 0.5, 0.0], "generalization": [None] * 3, "specificity": [0.25, None, 0.0]}
+    point = {"edits": 4, "scored": [0, 1, 3], "scores": scores | {"locality": [1.0, 1.0, 0.5], "nll": 3.21987}}
+    write_json(tmp_path / "checkpoints" / "000004.json", point)
+    sp.export(tmp_path, tmp_path / "four", at=4)
+    told = (tmp_path / "four" / "README.md").read_text()
+    assert "3 of 4 edits asked again" in told
+    assert "| efficacy | 50.0 (of 3) |" in told and "| specificity | 12.5 (of 2) |" in told
+    assert "| generalization | not scored |" in told and "| held-out text, nats per token | 3.220 |" in told
+    write_json(tmp_path / "checkpoints" / "000004.json", {**point, "scores": {**point["scores"], "nll": None}})
+    sp.export(tmp_path, tmp_path / "again", at=4)
+    assert "per token | not finite |" in (tmp_path / "again" / "README.md").read_text()
+    sp.export(tmp_path, tmp_path / "six")
+    assert "was not measured after 6 of them" in (tmp_path / "six" / "README.md").read_text()
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path)
     other = save_pico("llama", tmp_path / "other", seed=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 from typing import Any, Final
 
 from sphere_plugin._version import __version__
@@ -11,6 +12,8 @@ from sphere_plugin.journaling.store import Journal
 
 # How many edits the README itself lists.
 LISTED: Final = 20
+# Of a checkpoint, docs/run-folder.md.
+SCORES: Final = ("efficacy", "generalization", "specificity", "locality")
 
 
 def facts_of(journal: Journal, batches: int) -> list[dict[str, Any]]:
@@ -20,7 +23,13 @@ def facts_of(journal: Journal, batches: int) -> list[dict[str, Any]]:
     return [{key: fact.get(key) for key in keys} for record in records for fact in record.get("facts", ())]
 
 
-def card(manifest: Mapping[str, Any], edits: int, facts: list[dict[str, Any]], errors: Mapping[str, float]) -> str:
+def card(
+    manifest: Mapping[str, Any],
+    edits: int,
+    facts: list[dict[str, Any]],
+    errors: Mapping[str, float],
+    checkpoint: Mapping[str, Any] | None = None,
+) -> str:
     """The text of a README.md.
 
     Args:
@@ -28,8 +37,10 @@ def card(manifest: Mapping[str, Any], edits: int, facts: list[dict[str, Any]], e
         edits: how many are in what is exported.
         facts: those, see `facts_of`.
         errors: of an adapter, weight -> share of the update that it misses; empty for the edited model itself.
+        checkpoint: of the run at that very number of edits; None if nothing was measured then.
     """
-    return "\n".join(_lines(manifest, edits, facts, errors)) + "\n"
+    lines = (*_lines(manifest, edits, facts, errors), "", *_measured(edits, checkpoint), *_listed(facts))
+    return "\n".join(lines) + "\n"
 
 
 def _lines(
@@ -49,7 +60,25 @@ def _lines(
         yield from ("The adapter approximates each update ΔW by B·A of its rank. What it misses:", "")
         yield from ("| weight | ‖ΔW − BA‖ / ‖ΔW‖ |", "|---|---|")
         yield from (f"| `{name}` | {error:.4g} |" for name, error in errors.items())
-        yield ""
+
+
+def _measured(edits: int, checkpoint: Mapping[str, Any] | None) -> Iterator[str]:
+    """What is left of the edits, and of what stood around them."""
+    if checkpoint is None:
+        yield from (f"What is left of these edits was not measured after {edits} of them.", "")
+        return
+    scores, count = checkpoint["scores"], len(checkpoint["scored"])
+    yield f"Measured on the edited model, {count} of {edits} edits asked again; means over edits, in per cent:"
+    yield from ("", "| | |", "|---|---|")
+    for name in SCORES:
+        known = [value for value in scores[name] if value is not None]
+        yield f"| {name} | {f'{100 * fmean(known):.1f} (of {len(known)})' if known else 'not scored'} |"
+    nll = scores["nll"]
+    yield f"| held-out text, nats per token | {'not finite' if nll is None else f'{nll:.3f}'} |"
+    yield ""
+
+
+def _listed(facts: list[dict[str, Any]]) -> Iterator[str]:
     shown = facts[:LISTED]
     if shown:
         yield from (f"The first {len(shown)} of {len(facts)} edits:" if len(facts) > LISTED else "The edits:", "")

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, get_args
 from torch import Tensor
 
 from sphere_plugin.errors import ConfigError, ModelError
-from sphere_plugin.files import atomic_folder, write_bytes, write_json
+from sphere_plugin.files import atomic_folder, read_json, write_bytes, write_json
 from sphere_plugin.geometry.neurons import neurons
 from sphere_plugin.journaling.batch import same_bits
 from sphere_plugin.journaling.card import card, facts_of
@@ -60,7 +60,8 @@ def export(
     - "delta": one safetensors file of exact differences, for :func:`sphere_plugin.apply_delta`.
     - "adapter": the updates, cut down to a rank, in a folder for ``PeftModel.from_pretrained``.
 
-    Folders have a README.md, with what an adapter misses of each update, and all edits in edits.json.
+    Folders have a README.md, with what was measured of the edits and what an adapter misses of each update, and all
+    edits in edits.json.
 
     Args:
         folder: of the run.
@@ -86,7 +87,9 @@ def export(
         put(dict(model.named_parameters()), weights)
         return model, tokenizer
 
-    return export_batches(journal, number, manifest, out, format, rank, source)
+    point = folder / "checkpoints" / f"{int(journal.record(number)['edits']):06d}.json" if number else None
+    checkpoint = read_json(point) if point is not None and point.exists() else None
+    return export_batches(journal, number, manifest, out, format, rank, source, checkpoint)
 
 
 def export_batches(
@@ -97,8 +100,12 @@ def export_batches(
     format: Format,
     rank: int | None,
     source: Source,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """The same for the first ``number`` batches of a journal; ``source`` is asked for a model for "hf" only."""
+    """The same for the first ``number`` batches of a journal.
+
+    ``source`` is asked for a model for "hf" only; ``checkpoint`` has the scores at that moment, if there are some.
+    """
     if format not in FORMATS:
         raise ConfigError("format", format, f"one of {', '.join(FORMATS)}", "See docs/journal.md.")
     if rank is not None and format != "adapter":
@@ -119,7 +126,7 @@ def export_batches(
         else:
             exported = _adapter(folder, out, edits, journal, after, rank, manifest["model"].get("name"))
         write_json(folder / "edits.json", facts)
-        write_bytes(folder / "README.md", card(manifest, edits, facts, exported.errors).encode())
+        write_bytes(folder / "README.md", card(manifest, edits, facts, exported.errors, checkpoint).encode())
     return exported
 
 
