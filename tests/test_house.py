@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,10 @@ def test_every_command_has_arguments_and_work() -> None:
 
     (choices,) = [action.choices for action in parser()._actions if action.dest == "command"]
     assert set(choices) == set(COMMANDS) and set(COMMANDS) >= SHARED
+
+
+def test_the_public_names_are_those_of_the_docs() -> None:
+    """docs/api.md: a name that is added or taken away there or here has to be so in both."""
+    told = (ROOT.parent / "docs" / "api.md").read_text(encoding="utf-8").partition("## Changes")[0]
+    rows = [line for line in told.splitlines() if line.startswith("| `sp.")]
+    assert {name for row in rows for name in re.findall(r"`sp\.(\w+)`", row)} == set(sphere_plugin.__all__)
