@@ -27,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from editing import requests_of
 
 import sphere_plugin as sp
 from sphere_plugin.data import read_records
@@ -93,10 +94,7 @@ def main() -> None:
     host = load_host()
     if host.kind != "main":
         parser.error("the PyPI release has neither AlphaEdit nor SPHERE: set EASYEDIT_HOME to a checkout of EasyEdit")
-    requests = [
-        {"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new}
-        for r in read_records(arguments.data, arguments.edits)
-    ]
+    requests = requests_of(read_records(arguments.data, arguments.edits))
     editor = sp.Editor(*sp.load_model("smollm2-135m"), sp.SphereHyperParams.from_hparams(YAML).editing())
     editor.prepare()
     os.chdir(tempfile.mkdtemp())  # main writes its null space to the working directory

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from editing import requests_of
 from end_to_end import Main
 from stages import machine
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
@@ -118,7 +119,7 @@ def ours(model: PreTrainedModel, arguments: argparse.Namespace, stages: Stages, 
     tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m"))
     tokenizer.pad_token = tokenizer.eos_token
     records = read_records(limit=arguments.facts)
-    requests = [{"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in records]
+    requests = requests_of(records)
     config = sp.SphereHyperParams.from_hparams(HPARAMS / f"{arguments.model}.yaml").editing()
     config = replace(
         config, mom2_dataset=str(texts(folder)), mom2_n_samples=TEXTS, stats_dir=str(folder), v_loss_layer=None
@@ -163,10 +164,7 @@ def main() -> None:
         os.chdir(name)  # main writes its null space to the working directory
         names = ("aiming", "keys, solves, projection, write, 2")  # a batch once spaces are followed
         batch = sum(row["seconds"] for row in stages.rows if row["stage"].startswith(names))
-        requests = [
-            {"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new}
-            for r in read_records(limit=arguments.sample + 1)
-        ]
+        requests = requests_of(read_records(limit=arguments.sample + 1))
         for title, module, function, alone in OPPONENTS if host.kind == "main" else ():
             opponent = Main(module, function, editor)
             opponent.edit(requests[:1])  # its null space is made at the first edit
