@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,43 @@ def test_a_process_that_is_killed_ends_its_own_entry(jobs: int, hparams: Path, t
     assert [(one.entry, one.edits) for one in ended] == [("memit", 0), ("rect", 12), ("prune", 12)]
     assert ended[0].failed == "its process ended with code -9 (killed, for want of memory most likely)"
     assert ended[1].failed is ended[1].stopped is None and seen
+
+
+def _says_who_it_is(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
+    (folder.parent / "pid").write_text(str(os.getpid()))
+    time.sleep(60)
+    return Ended(settings.entries[0], 12)
+
+
+@forks
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_the_one_that_started_them(how: int, hparams: Path, tmp_path: Path, monkeypatch) -> None:
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(comparing, "_work", _says_who_it_is)
+    above = fork.Process(target=compare, args=(settings(hparams, "memit"), tmp_path, 1))
+    above.start()
+    told = tmp_path / "pid"
+    assert _comes(lambda: told.exists() and told.read_text() != "")
+    os.kill(int(above.pid or 0), how)
+    above.join()
+    assert _comes(lambda: _is_gone(int(told.read_text())))
+
+
+def _comes(true: Callable[[], bool], seconds: float = 20.0) -> bool:
+    until = time.monotonic() + seconds
+    while not true() and time.monotonic() < until:
+        time.sleep(0.05)
+    return true()
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether it has ended; that nobody has asked how does not matter."""
+    try:
+        os.kill(pid, 0)
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return True
 
 
 def test_what_is_sent_to_a_process_can_be_sent(hparams: Path) -> None:

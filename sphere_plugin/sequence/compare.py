@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -154,7 +156,16 @@ def _side_by_side(
 
 
 def _answer(answers: Any, work: Work, settings: RunSettings, folder: Path, guarded: bool) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     answers.send(work(settings, folder, guarded))
+
+
+def _end_with_parent() -> None:
+    """Nobody would hear the answer, and the lock of the run would stay."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _ended(task: Task, answers: Any, process: Any) -> Ended:
