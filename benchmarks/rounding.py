@@ -3,10 +3,12 @@
     python benchmarks/rounding.py --data counterfact-edit.json [--edits 500] [--batch-size 1] [--base MEMIT|AlphaEdit]
         [--set KEY=VALUE …] [--json FILE]
 
-The targets of all facts are found once, on the unedited float32 model, and are the same for the three models, so that
-nothing but the weights' dtype differs: searches of their own would end elsewhere by chance. At the end all facts are
-scored. "lost" is the mean share of a batch's update that rounding took, "‖W − W₀‖" what all batches together have
-moved the edited weights by, in per cent of what they have moved those of the float32 model by.
+All three begin as the model in bfloat16, which is how models are published; the float32 one holds the same numbers.
+The targets of all facts are found once, on the unedited float32 model, and are the same for the three, so that nothing
+but the weights' dtype differs: searches of their own would end elsewhere by chance. At the end all facts are scored,
+by each model as it computes, and by a float32 model that is given its edited weights. "lost" is the mean share of a
+batch's update that rounding took, "‖W − W₀‖" what all batches together have moved the edited weights by, in per cent
+of what they have moved those of the float32 model by.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ CASES: Final = (("float32", False), ("bfloat16", True), ("bfloat16", False))
 
 @dataclass(frozen=True)
 class Row:
-    """One model after all edits; scores are shares, norms relative to the float32 model's."""
+    """One model after all edits.
+
+    Scores are shares, and in `exactly` the same four of its weights in a float32 model; norms are relative to the
+    float32 model's.
+    """
 
     dtype: str
     master: bool
@@ -51,26 +57,34 @@ class Row:
     generalization: float
     locality: float
     perplexity: float
+    exactly: tuple[float, float, float, float]
     lost: float
     moved: float
 
     def line(self) -> str:
         """The line as printed."""
         name = self.dtype + (" + master copy" if self.master else "")
-        scores = "".join(f"{100 * one:12.1f}" for one in (self.efficacy, self.generalization, self.locality))
-        norms = f"{100 * self.lost:9.1f} %{100 * self.moved:11.1f} %"
-        return f"{name:<24}{scores}{self.perplexity:12.2f}{norms}"
+        own = (self.efficacy, self.generalization, self.locality, self.perplexity)
+        scores = "".join(
+            "".join(f"{100 * one:12.1f}" for one in shares) + f"{perplexity:12.2f}"
+            for *shares, perplexity in (own, self.exactly)
+        )
+        return f"{name:<24}{scores}{100 * self.lost:9.1f} %{100 * self.moved:11.1f} %"
 
 
+SCORES: Final = "".join(f"{name:>12}" for name in ("efficacy", "generalis.", "locality", "perplexity"))
 HEADER: Final = (
-    f"{'weights':<24}{'efficacy':>12}{'generalis.':>12}{'locality':>12}{'perplexity':>12}{'lost':>11}{'‖W − W₀‖':>13}"
+    f"{'':<24}{'as it computes':>48}{'in float32':>48}\n{'weights':<24}{SCORES}{SCORES}{'lost':>11}{'‖W − W₀‖':>13}"
 )
 
 
 def opened(dtype: str, config: EditingConfig) -> Editor:
-    """An editor of the unedited model."""
+    """An editor of the unedited model, rounded to bfloat16 whatever it then computes in."""
     name = str(SphereHyperParams.from_hparams(YAML).model_name)
-    model, tokenizer = load_model(name, dtype=getattr(torch, dtype))
+    model, tokenizer = load_model(name)
+    with torch.no_grad():
+        for one in model.parameters():
+            one.data = one.bfloat16().to(getattr(torch, dtype))
     return Editor(model, tokenizer, config)
 
 
@@ -105,7 +119,9 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     config = SphereHyperParams.from_hparams(YAML).editing()
     config = dataclasses.replace(config, base_method=arguments.base, **{"alpha": None, **changes})
     records = read_records(arguments.data, arguments.edits, None)
-    aimed = targets(opened("float32", config), records)
+    exact = opened("float32", config)
+    aimed = targets(exact, records)
+    judge = Quality(exact.anatomy.model, exact.tokenizer, records, held_out(None))
     rows: list[Row] = []
     whole = 0.0
     for dtype, master in CASES:
@@ -113,15 +129,24 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         quality = Quality(editor.anatomy.model, editor.tokenizer, records, held_out(None))
         before = {name: one.detach().float().clone() for name, one in editor.anatomy.weights.items()}
         lost = edited(editor, records, aimed, arguments.batch_size)
-        moved = {name: one.detach().float() - before[name] for name, one in editor.anatomy.weights.items()}
-        whole = whole or norm(moved)
-        scores = quality.score(arguments.edits)
-        columns = (scores.efficacy, scores.generalization, scores.locality)
-        means = [fmean(value for value in column if value is not None) for column in columns]
-        row = Row(dtype, master, *means, exp(scores.nll), lost, norm(moved) / whole)
+        after = {name: one.detach().float() for name, one in editor.anatomy.weights.items()}
+        moved = norm({name: one - before[name] for name, one in after.items()})
+        whole = whole or moved
+        with torch.no_grad():
+            for name, one in exact.anatomy.weights.items():
+                one.copy_(after[name])
+        row = Row(dtype, master, *means(quality), means(judge), lost, moved / whole)
         rows.append(row)
         print(row.line(), flush=True)
     return rows
+
+
+def means(quality: Quality) -> tuple[float, float, float, float]:
+    """Efficacy, generalization, locality of all facts, and perplexity."""
+    scores = quality.score(len(quality.records))
+    columns = (scores.efficacy, scores.generalization, scores.locality)
+    efficacy, generalization, locality = (fmean(one for one in column if one is not None) for column in columns)
+    return efficacy, generalization, locality, exp(scores.nll)
 
 
 def norm(weights: dict[str, Tensor]) -> float:
