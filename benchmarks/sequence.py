@@ -38,8 +38,8 @@ class Watched:
     """What a run tells of its progress, with the time and memory at that moment."""
 
     def __init__(self) -> None:
-        self.edits, self.seconds = [0], [time.process_time()]
-        self.held, self.most = [_status("VmRSS")], [_status("VmHWM")]
+        self.edits, self.seconds, self.clock = [0], [time.process_time()], [time.perf_counter()]
+        self.held, self.most = [status("VmRSS")], [status("VmHWM")]
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Note the end of a batch, and of scoring behind it."""
@@ -50,10 +50,11 @@ class Watched:
         if what == "edits" and done:
             self.edits.append(self.edits[-1] + done)
             self.seconds.append(time.process_time())
-            self.held.append(_status("VmRSS"))
-            self.most.append(_status("VmHWM"))
+            self.clock.append(time.perf_counter())
+            self.held.append(status("VmRSS"))
+            self.most.append(status("VmHWM"))
         elif what.startswith("scoring"):
-            self.held[-1], self.most[-1] = _status("VmRSS"), _status("VmHWM")
+            self.held[-1], self.most[-1] = status("VmRSS"), status("VmHWM")
 
     def at(self, edits: int) -> tuple[float, float]:
         """MiB held after so many edits, and the most so far."""
@@ -61,7 +62,8 @@ class Watched:
         return self.held[place], self.most[place]
 
 
-def _status(name: str) -> float:
+def status(name: str) -> float:
+    """MiB of this process, by the name that the system has for them."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise SystemExit(f"no {name} in /proc/self/status: this benchmark runs on Linux only")

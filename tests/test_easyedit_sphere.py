@@ -227,7 +227,6 @@ def test_other_methods_are_passed_through_untouched(registered: Host, monkeypatc
         calls.append((model, [request["prompt"] for request in requests]))
         return model, {}
 
-    monkeypatch.setitem(registered.alg_dict, "FT", method)
     module = sys.modules["easyeditor.editors.editor"]
     monkeypatch.setattr(module, "compute_edit_quality", lambda *args, **kwargs: {"rewrite_acc": [1.0]})
     model, tokenizer = pico("llama")
@@ -236,7 +235,9 @@ def test_other_methods_are_passed_through_untouched(registered: Host, monkeypatc
     vars(hparams).update(
         alg_name="FT", model_name=(model.train(), tokenizer), device="cpu", model_parallel=False, batch_size=1
     )
-    editor = registered.base_editor.from_hparams(hparams)
+    with monkeypatch.context() as patched:  # taken back before the registration is
+        patched.setitem(registered.alg_dict, "FT", method)
+        editor = registered.base_editor.from_hparams(hparams)
     assert editor.apply_algo is method and editor.model.training and editor.tok.padding_side == "left"
     editor.edit(prompts=["Water boils at"], target_new=["100"], ground_truth=["7"])
     editor.batch_edit(prompts=["Water boils at"], target_new=["100"], ground_truth=["7"])

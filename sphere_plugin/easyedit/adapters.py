@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphere_plugin.easyedit.turns import Turns
 from sphere_plugin.editing.account import Touched, log_apply
 from sphere_plugin.journaling import all_or_nothing
 from sphere_plugin.peft import base_weight, check_layer, lora_layers, project_layers
@@ -34,11 +35,13 @@ class AdapterSession:
         name: of the method.
         method: EasyEdit's function.
         config: the projection.
+        turns: in which the method is called.
     """
 
     name: str
     method: Callable[..., Any]
     config: SphereConfig
+    turns: Turns = field(default_factory=Turns, repr=False)
     _raw: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +57,7 @@ class AdapterSession:
         with torch.no_grad(), _new_adapters_off(model), all_or_nothing(_adapter_weights(model)):
             for weight, raw in self._raw:
                 weight.copy_(raw)
-            with torch.enable_grad():
+            with torch.enable_grad(), self.turns.take():
                 edited, returned = self.method(*args, **kwargs)
             self._project(edited)
         return edited, returned

@@ -24,10 +24,12 @@ from sphere_plugin.easyedit.methods import METHODS, Method
 from sphere_plugin.easyedit.patches import Patches
 from sphere_plugin.easyedit.standins import PACKAGE
 from sphere_plugin.easyedit.targets import unrestrained_writes, weights_of
+from sphere_plugin.easyedit.turns import Turns
 from sphere_plugin.editing.account import Touched, log_apply
 from sphere_plugin.errors import ModelError
 from sphere_plugin.geometry.neurons import is_transposed, neurons
 from sphere_plugin.journaling import Snapshot, all_or_nothing
+from sphere_plugin.process import ONE_AT_A_TIME
 from sphere_plugin.restraints import BoundRestraint
 
 Apply = Callable[..., Any]
@@ -45,12 +47,13 @@ class Hooked:
         self.method = method
         functools.update_wrapper(self, method, updated=())  # its attributes are its own
 
-    def session(self, hparams: object, repairs: bool = False) -> Apply:
+    def session(self, hparams: object, repairs: bool = False, apart: bool = True) -> Apply:
         """Return what an editor with these hyper-parameters calls to edit.
 
         Args:
             hparams: with or without the keys of :mod:`sphere_plugin.easyedit.keys`.
             repairs: whether to return old weights where they are asked for and the method forgets them.
+            apart: see `Turns`.
 
         Raises:
             ConfigError: a value that means nothing, or a method with nothing to restrain.
@@ -63,35 +66,38 @@ class Hooked:
             raise refused
         what = METHODS[self.name]
         if what.writes == "base":
-            return self._through_base(hparams)
+            return self._through_base(hparams, apart)
         if asked.sphere is not None and what.writes == "adapter":
-            return AdapterSession(self.name, self.method, asked.sphere)
-        return WeightSession(self.name, what, self.method, asked, repairs)
+            return AdapterSession(self.name, self.method, asked.sphere, Turns(apart))
+        return WeightSession(self.name, what, self.method, asked, repairs, turns=Turns(apart))
 
-    def _through_base(self, hparams: Any) -> Apply:
+    def _through_base(self, hparams: Any, apart: bool) -> Apply:
         """SimIE with a restrained base method: what was written after it, SimIE would replace at the next edit.
 
-        SimIE looks its base method up in EasyEdit's table at every call, so the session stands there meanwhile.
+        SimIE looks its base method up in EasyEdit's table at every call, so the session stands there meanwhile, and
+        whoever else reads that table waits.
         """
         base, table = hparams.base_hparams, sys.modules[f"{PACKAGE}.util.alg_dict"].ALG_DICT
         for key in KEYS:
             if getattr(hparams, key, False) is not False:
                 setattr(base, key, getattr(hparams, key))
-        session = table[hparams.base_method].session(base, repairs=True)
+        session = table[hparams.base_method].session(base, repairs=True, apart=apart)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            patches = Patches()
-            patches.item(table, hparams.base_method, session)
-            try:
-                return self.method(*args, **kwargs)
-            finally:
-                patches.undo()
+            with ONE_AT_A_TIME:
+                patches = Patches()
+                patches.item(table, hparams.base_method, session)
+                try:
+                    return self.method(*args, **kwargs)
+                finally:
+                    patches.undo()
 
         return call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Edit once, as the hyper-parameters among the arguments ask."""
-        return self.session(_argument(hparams_class(), args, kwargs))(*args, **kwargs)
+        with ONE_AT_A_TIME:
+            return self.session(_argument(hparams_class(), args, kwargs), apart=False)(*args, **kwargs)
 
 
 def _own_executor(method: Apply) -> Apply:
@@ -116,6 +122,7 @@ class WeightSession:
         asked: the restraints.
         repairs: see `Hooked.session`.
         touched: what the last call did, without the weights.
+        turns: in which the method is called.
     """
 
     name: str
@@ -124,6 +131,7 @@ class WeightSession:
     asked: Asked
     repairs: bool
     touched: tuple[Touched, ...] = ()
+    turns: Turns = field(default_factory=Turns, repr=False)
     _bound: dict[str, BoundRestraint] = field(default_factory=dict, repr=False)
     _model: nn.Module | None = field(default=None, repr=False)
     _run: Apply | None = field(default=None, repr=False)
@@ -142,7 +150,8 @@ class WeightSession:
         run = self._begin(model)
         with all_or_nothing(weights) as before:
             strays = unrestrained_writes(model, weights)
-            edited, returned = run(*args, **kwargs)
+            with self.turns.take():
+                edited, returned = run(*args, **kwargs)
             strays.warn(self.name)
             with torch.no_grad():
                 touched = [self._restrain(edited, name, old) for name, old in before.tensors.items()]

@@ -24,6 +24,7 @@ from typing import Any, Final, Literal
 from sphere_plugin.easyedit.loader import PreparedLoader, PreparingFinder
 from sphere_plugin.easyedit.standins import PACKAGE, vision_stand_ins
 from sphere_plugin.errors import HostError
+from sphere_plugin.process import ONE_AT_A_TIME
 from sphere_plugin.randomness import randomness_kept
 
 HOME_VARIABLE: Final = "EASYEDIT_HOME"
@@ -158,12 +159,13 @@ def load_host() -> Host:
     Raises:
         HostError: no EasyEdit, a dependency of it is missing, or the process has already imported another one.
     """
-    found = find_host()
-    package = sys.modules.get(PACKAGE)
-    if package is None:
-        package = _import_host(found)
-        log.info("Loaded %s", found.describe())
-    _check_same(package, found)
+    with ONE_AT_A_TIME:
+        found = find_host()
+        package = sys.modules.get(PACKAGE)
+        if package is None:
+            package = _import_host(found)
+            log.info("Loaded %s", found.describe())
+        _check_same(package, found)
     return Host(found.kind, found.location, found.version, package, found_by=found.found_by)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,15 +15,39 @@ from torch import nn
 
 from sphere_plugin.easyedit.hook import WeightSession
 from sphere_plugin.easyedit.methods import METHODS
+from sphere_plugin.easyedit.patches import Patches
+from sphere_plugin.easyedit.registration import register
 from sphere_plugin.easyedit.standins import PACKAGE
 from sphere_plugin.easyedit.targets import weights_of
+from sphere_plugin.easyedit.turns import Turns
 from sphere_plugin.editing.account import Touched
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.process import muted
 
 CACHE = "CONTEXT_TEMPLATES_CACHE"
 
 # r, the mean share of its updates that restraints took away, and that rounding took of what they let through.
 Share = tuple[int, float, float]
+
+
+def open_editor(hparams: Any, folder: Path) -> Any:
+    """A BaseEditor for a run.
+
+    EasyEdit adds handlers for each editor to the one logger of all, and writes its log below the working directory.
+    Here it goes to ``folder``, and ends when the editor is made: none of it is about an edit, or about another run.
+    """
+    with muted():  # it says that it writes a log
+        host = register()
+        module = sys.modules[f"{PACKAGE}.editors.editor"]
+        patches, handler_of, before = Patches(), module.get_handler, list(module.LOG.handlers)
+        patches.attribute(module, "get_handler", lambda path, log_name: handler_of(str(folder / path), log_name))
+        try:
+            return host.base_editor(hparams)
+        finally:
+            patches.undo()
+            for handler in [one for one in module.LOG.handlers if one not in before]:
+                module.LOG.removeHandler(handler)
+                handler.close()
 
 
 class Hosted:
@@ -48,22 +71,23 @@ class Hosted:
             remedy = "Take this package's own editor: base_method AlphaEdit or MEMIT."
             raise ConfigError("method", self.name, "a method whose whole state are the weights", remedy)
         self.weights: Mapping[str, nn.Parameter] = weights_of(editor.model, editor.hparams, method)
+        # Of a method without restraints nobody else keeps apart what it remembers.
+        self._turns: Turns = getattr(editor.apply_algo, "turns", None) or Turns()
         if self.name == "FT" and getattr(editor.hparams, "objective_optimization", "prompt_last") == "prompt_last":
             editor.tok.padding_side = "right"  # it counts tokens of a prompt from the left
 
     def prepare(self) -> Sequence[str]:
         """Do on the unedited model what the first edit would do: write context templates, bind restraints."""
-        self._seed(0)
         if isinstance(self.editor.apply_algo, WeightSession):
             self.editor.apply_algo.bind(self.editor.model, self.weights)
         found: list[str] = []
-        for module in self._modules():
-            setattr(module, CACHE, None)
-            params = self.editor.hparams.context_template_length_params
-            with contextlib.redirect_stdout(io.StringIO()):
-                templates = module.get_context_templates(self.editor.model, self.editor.tok, params)
-            for one in templates:
-                found += [one] if isinstance(one, str) else one
+        with self._turns.take(), muted():
+            self._seed(0)
+            for module in self._modules():
+                setattr(module, CACHE, None)
+                params = self.editor.hparams.context_template_length_params
+                for one in module.get_context_templates(self.editor.model, self.editor.tok, params):
+                    found += [one] if isinstance(one, str) else one
         return found
 
     def apply(self, requests: Sequence[Mapping[str, Any]], number: int) -> dict[str, Share]:
@@ -72,18 +96,18 @@ class Hosted:
         Returns:
             Weight -> what restraints did; empty without them.
         """
-        self._seed(number)
         editor, session = self.editor, self.editor.apply_algo
         batcher = sys.modules[f"{PACKAGE}.editors.batch_editor"].BatchEditor
         whole = [{"ground_truth": "<|endoftext|>", "portability": {}, "locality": {}, **one} for one in requests]
         pieces = [whole] if batcher.is_batchable_method(self.name) else [[one] for one in whole]
         editor.hparams.batch_size = len(pieces[0])
         told: dict[str, list[Touched]] = {}
-        for piece in pieces:
-            with contextlib.redirect_stdout(io.StringIO()):  # EasyEdit's methods print a page per fact
+        with self._turns.take(), muted():  # EasyEdit's methods print a page per fact
+            self._seed(number)
+            for piece in pieces:
                 session(editor.model, editor.tok, piece, editor.hparams, copy=False, return_orig_weights=False)
-            for one in session.touched if isinstance(session, WeightSession) else ():
-                told.setdefault(one.name, []).append(one)
+                for one in session.touched if isinstance(session, WeightSession) else ():
+                    told.setdefault(one.name, []).append(one)
         return {
             name: (
                 parts[-1].rank,

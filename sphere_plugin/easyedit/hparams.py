@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
-import yaml
 
 from sphere_plugin.easyedit.blocks import SYNONYMS as SYNONYMS
 from sphere_plugin.easyedit.blocks import (
@@ -36,6 +35,8 @@ from sphere_plugin.editing.config import (
     check_text,
 )
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.parsing import yaml_of
+from sphere_plugin.paths import user_path
 from sphere_plugin.restraints import PruneConfig, RectConfig
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -125,14 +126,14 @@ class SphereHyperParams(EditingConfig):
         Raises:
             ConfigError: the file is missing or no YAML mapping, or see the class.
         """
-        path = Path(hparams_name_or_path).expanduser()
+        path = user_path(hparams_name_or_path)
         if path.suffix not in (".yaml", ".yml"):
             path = path.with_name(path.name + ".yaml")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml_of(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError("hparams", str(path), f"a file that can be read ({error.strerror})", _LOOK) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ConfigError("hparams", str(path), f"valid YAML ({error})", _LOOK) from error
         if not isinstance(content, Mapping):
             raise ConfigError("hparams", str(path), "a YAML mapping of keys to values", _LOOK)

@@ -21,6 +21,7 @@ from sphere_plugin.easyedit.patches import Patches
 from sphere_plugin.easyedit.standins import PACKAGE
 from sphere_plugin.editing.config import ALPHA_OF
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.process import ONE_AT_A_TIME
 from sphere_plugin.restraints import Chain, PruneConfig, RectConfig, Restraint, SphereConfig
 
 KEYS: Final = ("sphere", "rect", "prune")
@@ -101,9 +102,10 @@ def _accept_later(base: Any, patches: Patches, wrap: Callable[[type], None]) -> 
         own = vars(cls).get("from_hparams")
 
         def from_hparams(actual: Any, *args: Any, **more: Any) -> object:
-            for one in actual.__mro__:
-                if issubclass(one, base):
-                    wrap(one)
+            with ONE_AT_A_TIME:
+                for one in actual.__mro__:
+                    if issubclass(one, base):
+                        wrap(one)
             loader = super(cls, actual).from_hparams if own is None else own.__get__(None, actual)
             return loader(*args, **more)
 

@@ -22,6 +22,7 @@ from sphere_plugin.errors import ConfigError, ModelError, RequestError
 from sphere_plugin.models import load_model, resolve_model
 from sphere_plugin.models.embedded import EMBEDDED_NAME
 from sphere_plugin.models.placement import input_device
+from sphere_plugin.process import ONE_AT_A_TIME
 
 # EasyEdit's other editors, each in the module of that name.
 TEXT_EDITORS: Final = (("concept_editor", "ConceptEditor"), ("safety_editor", "SafetyEditor"))
@@ -58,10 +59,17 @@ def _opening(original: Callable[..., None], main: bool, repairs: bool) -> Callab
     The host chooses its loader, and the tokenizer's class, by words in the model's name or path: a folder called
     "t5" or "gpt" anywhere above the model decides. For the methods that are ours, and for the embedded model, the
     model is loaded by what it is and handed over ready-made.
+
+    Editors are made one at a time: the host's table of methods, its loggers, and torch's defaults while a model is
+    loaded belong to the whole process.
     """
 
     @functools.wraps(original)
     def init(self: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
+        with ONE_AT_A_TIME:
+            open_one(self, hparams, *args, **kwargs)
+
+    def open_one(self: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
         alg_name = getattr(hparams, "alg_name", None)
         restrained = alg_name not in OWN and asked_of(hparams) is not None
         if restrained:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
+from types import ModuleType
 from typing import Any
 
 
@@ -12,7 +13,7 @@ class Patches:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
-    def attribute(self, owner: type, name: str, value: object) -> None:
+    def attribute(self, owner: type | ModuleType, name: str, value: object) -> None:
         """Set ``owner.name``; undone, it is again what stood there, or is inherited as before."""
         there = name in vars(owner)
         original = vars(owner).get(name)

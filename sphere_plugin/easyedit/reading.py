@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sphere_plugin.easyedit.host import Host
 from sphere_plugin.easyedit.hparams import PruneHyperParams, RectHyperParams, SphereHyperParams
 from sphere_plugin.easyedit.keys import hparams_class
 from sphere_plugin.easyedit.methods import OWN
 from sphere_plugin.errors import ConfigError, SphereError
+from sphere_plugin.parsing import yaml_of
 
 
 def load_any(path: Path, host: Host) -> Any:
@@ -24,8 +23,8 @@ def load_any(path: Path, host: Host) -> Any:
         ConfigError: no file, no YAML, no ``alg_name``, or a method that the host does not have.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(
             "hparams", str(path), f"a YAML file that can be read ({error})", "Check the path."
         ) from error

@@ -16,6 +16,7 @@ from sphere_plugin.easyedit.methods import OWN
 from sphere_plugin.easyedit.opening import open_editors
 from sphere_plugin.easyedit.patches import Patches
 from sphere_plugin.easyedit.standins import PACKAGE
+from sphere_plugin.process import ONE_AT_A_TIME
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -37,6 +38,11 @@ def register(overrides: Mapping[str, object] | None = None) -> Host:
     Raises:
         HostError: there is no EasyEdit, or it cannot be loaded.
     """
+    with ONE_AT_A_TIME:
+        return _register(overrides)
+
+
+def _register(overrides: Mapping[str, object] | None) -> Host:
     host = load_host()
     entry = host.alg_dict.get(ALG_NAME)
     if isinstance(entry, SphereMethod):
@@ -79,10 +85,11 @@ def unregister() -> None:
 
     Editors that exist already go on with what they were made with.
     """
-    table = sys.modules.get(f"{PACKAGE}.util.alg_dict")
-    entry = getattr(table, "ALG_DICT", {}).get(ALG_NAME)
-    if isinstance(entry, SphereMethod):
-        entry.undo()
+    with ONE_AT_A_TIME:
+        table = sys.modules.get(f"{PACKAGE}.util.alg_dict")
+        entry = getattr(table, "ALG_DICT", {}).get(ALG_NAME)
+        if isinstance(entry, SphereMethod):
+            entry.undo()
 
 
 def _undo(patches: Patches) -> None:

@@ -84,7 +84,7 @@ class _Search:
         rows = [_Row(fact, sentence) for fact, group in enumerate(sentences) for sentence in group]
         self.groups = _groups(anatomy, rows, self.layer)
         entered = self.groups[0].entered  # δ lies where the aimed layer does
-        self.start = torch.zeros(len(sentences), entered.shape[-1], device=entered.device)
+        self.start = torch.zeros(len(sentences), entered.shape[-1], dtype=torch.float32, device=entered.device)
         firsts = {id(group[0]): fact for fact, group in enumerate(sentences)}
         for group in self.groups:
             for number, row in enumerate(group.members):
@@ -96,7 +96,7 @@ class _Search:
         delta = torch.zeros_like(self.start, requires_grad=True)
         optimizer = torch.optim.Adam([delta], lr=config.v_lr)
         norms = self.start.norm(dim=1)
-        losses = torch.full((count,), torch.inf, device=delta.device)
+        losses = torch.full((count,), torch.inf, dtype=torch.float32, device=delta.device)
         steps = torch.zeros(count, dtype=torch.long, device=delta.device)
         active = torch.ones(count, dtype=torch.bool, device=delta.device)
         for step in range(config.v_num_grad_steps):
@@ -118,7 +118,7 @@ class _Search:
 
     def _backward(self, delta: Tensor, norms: Tensor, active: Tensor, *, gradients: bool) -> Tensor:
         """Each fact's loss, [facts]; adds its gradient to ``delta.grad`` group by group."""
-        losses = torch.zeros(delta.shape[0], device=delta.device)
+        losses = torch.zeros(delta.shape[0], dtype=torch.float32, device=delta.device)
         narrow = self.config.aiming_dtype == "bfloat16"
         with (
             torch.set_grad_enabled(gradients),
@@ -194,14 +194,15 @@ class _Group:
             for number, row in enumerate(self.members)
             for k, token in enumerate(row.sentence.targets)
         ]
-        losses = torch.zeros(count, device=hidden.device)
+        losses = torch.zeros(count, dtype=torch.float32, device=hidden.device)
         if not places:
             return losses
         index = torch.tensor([place[:3] for place in places], device=hidden.device)
         rows, positions, tokens = index.unbind(dim=1)
         spoken = _log_probabilities(anatomy, hidden[rows, positions])
         said = spoken.gather(1, tokens.to(spoken.device)[:, None])[:, 0].to(hidden.device)
-        shares = torch.tensor([1 / (contexts * len(row.sentence.targets)) for *_, row in places], device=hidden.device)
+        told = [1 / (contexts * len(row.sentence.targets)) for *_, row in places]
+        shares = torch.tensor(told, dtype=torch.float32, device=hidden.device)
         facts = torch.tensor([row.fact for *_, row in places], device=hidden.device)
         return losses.index_add(0, facts, -said * shares)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from sphere_plugin.models.forward import pad_right
 from sphere_plugin.models.placement import input_device
+from sphere_plugin.randomness import DrawnFrom
 
 # Openers that lead into many kinds of sentence. The first five are those of MEMIT's context templates.
 OPENERS = (
@@ -66,7 +67,7 @@ def write_texts(
         tokenizer: its tokenizer.
         number: how many texts.
         tokens: new tokens in each, behind an opener; a text ends earlier where the model ends it.
-        seed: of the sampling; the global random state is left as it was.
+        seed: of the sampling; the global random state is neither used nor changed.
         openers: first words, taken in turn.
         batch: texts written at once.
         progress: called with the number of texts done, as they are done.
@@ -78,8 +79,7 @@ def write_texts(
     starts = [tokenizer([opener])["input_ids"][0] for opener in openers]
     texts: list[str] = []
     device, own = input_device(model), model.generation_config
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
+    with DrawnFrom(torch.Generator(device).manual_seed(seed)), torch.no_grad():
         try:
             # The model's own generation settings, such as a repetition penalty, would fill in what is not given.
             model.generation_config = GenerationConfig(

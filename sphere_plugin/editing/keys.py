@@ -47,7 +47,7 @@ class KeyReader:
         self.anatomy = anatomy
         self.layers = sorted(anatomy.rewrites)
         self.facts = facts
-        self.shares = torch.tensor(contexts.shares, device=anatomy.device)
+        self.shares = torch.tensor(contexts.shares, dtype=torch.float32, device=anatomy.device)
         prefixes = contexts.prefixes
         self.parts = [
             part

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 
 from torch import nn
+
+from sphere_plugin.process import muted
 
 
 @contextmanager
@@ -28,20 +29,22 @@ def mode_kept(model: nn.Module) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Keep lm-evaluation-harness from printing, from drawing bars and from starting processes for a standard error.
 
-    Environment variables are afterwards what they were: the harness sets some as it is imported.
+    Environment variables are afterwards what they were: the harness sets some as it is imported. One thread at a time.
     """
+    with muted(errors=True), _silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
     logs, environment = [logging.getLogger(name) for name in ("lm_eval", "transformers")], dict(os.environ)
     levels = [log.level for log in logs]
     os.environ["DISABLE_MULTIPROC"] = "1"
     for log in logs:
         log.setLevel(logging.ERROR)
     try:
-        with ExitStack() as stack:
-            for redirect in (redirect_stdout, redirect_stderr):
-                stack.enter_context(redirect(io.StringIO()))
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sphere_plugin.data import read_records
-from sphere_plugin.easyedit.registration import register
+from sphere_plugin.easyedit.hosted import open_editor
 from sphere_plugin.editing.aim import Aimed
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.evaluation import Quality
 from sphere_plugin.evaluation.scores import Scores
-from sphere_plugin.files import fingerprint
+from sphere_plugin.files import fingerprint, make_folder
 from sphere_plugin.parallel.ranks import ALONE, Ranks, led
 from sphere_plugin.sequence.demo import held_out
 from sphere_plugin.sequence.entrant import Done, Entrant, OwnEntrant, entrant_of
@@ -66,7 +64,7 @@ class Crew:
         self._unedited: Mapping[str, Tensor] = {}
 
     def _open(self, text: str, folder: Path) -> tuple[Entrant, Quality]:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         ranks, settings, hparams = self.ranks, self.settings, self.hparams
         if ranks.size > 1 and getattr(hparams, "model_parallel", False):
             remedy = "Start one process for a model on several GPUs, or give each process a whole one."
@@ -74,10 +72,7 @@ class Crew:
         if ranks.size > 1:  # the manifest has what was asked for, which is not each rank's own
             hparams = copy.copy(hparams)
             hparams.device = ranks.device(getattr(hparams, "device", None))
-        # EasyEdit says that it writes a log, and writes it to the working directory.
-        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-            editor = register().base_editor(hparams)
-        entrant = entrant_of(editor, settings.seed, ranks)
+        entrant = entrant_of(open_editor(hparams, folder), settings.seed, ranks)
         if ranks.size > 1:
             told = fingerprint(entrant.model.state_dict().items())
             ranks.agree("the model", told, "that of rank 0", "Load the same files on every machine.")
