@@ -4,8 +4,9 @@
 - ``write_json``, ``write_tensors``, ``write_bytes``: replace a file as a whole or leave it as it was.
 - ``check_writable``: find out before long work whether its result will have a place.
 - ``read_json``, ``read_tensors``: read such a file, or say what is wrong with it and what to do.
+- ``make_folder``: for files that others write.
 - ``atomic_folder``: fill a folder out of sight and rename it into place.
-- ``fingerprint``: a short name for the content of tensors.
+- ``fingerprint``, ``json_digest``: a short name for the content of tensors, and of JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sphere_plugin.errors import CacheError
+from sphere_plugin.parsing import json_of
 
 CACHE_VARIABLE = "SPHERE_PLUGIN_CACHE"
 
@@ -44,8 +46,10 @@ _REFUSED = frozenset(
         errno.EISDIR,
         errno.ENAMETOOLONG,
         errno.EEXIST,
+        errno.EIO,
     )
 )
+_AGAIN = "Delete it and run the command again."
 
 
 def cache_folder() -> Path:
@@ -79,21 +83,39 @@ def check_writable(path: Path) -> None:
         CacheError: the place cannot be written.
     """
     probe = path.with_name(f"{path.name}.probe")
-    try:
-        write_bytes(probe, b"")
-    except FileNotFoundError as error:  # nothing can be made there, not even a folder
-        raise CacheError(str(path), str(error), "a place to write to", "Choose another folder.") from error
+    write_bytes(probe, b"")
+    if path.is_dir():
+        probe.unlink(missing_ok=True)
+        raise CacheError(str(path), "a folder", "a place for a file", "Move the folder away.")
     probe.unlink(missing_ok=True)
 
 
-def write_json(path: Path, obj: object) -> None:
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        CacheError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def write_json(path: Path, obj: object, marked: bool = True) -> None:
     """Write ``obj`` as indented UTF-8 JSON, atomically. Keys keep their order; NaN is written as Python reads it.
+
+    Args:
+        path: the file.
+        obj: what to write.
+        marked: whether an object, {…}, gets one key more: a digest, by which ``read_json`` recognises a changed one.
 
     Raises:
         CacheError: the disk is full, or the place cannot be written.
         TypeError: ``obj`` is not made of what JSON knows; the old file stays.
     """
-    write_bytes(path, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
+    whole = {**obj, _DIGEST: json_digest(obj)} if marked and isinstance(obj, dict) else obj
+    write_bytes(path, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -113,22 +135,38 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     _replace(path, fill)
 
 
-def read_json(path: Path) -> Any:  # noqa: ANN401 (JSON holds anything; callers check what they take)
-    """Read what ``write_json`` wrote.
+def read_json(path: Path, remedy: str = _AGAIN) -> Any:  # noqa: ANN401 (JSON holds anything; callers check it)
+    """Read what ``write_json`` wrote, without its digest. A file without one is taken as it is.
+
+    Args:
+        path: the file.
+        remedy: what to do about a damaged one.
 
     Raises:
-        CacheError: the file is missing, unreadable, or not JSON.
+        CacheError: the file is missing, unreadable, not JSON, or not what was written.
     """
     try:
-        return json.loads(path.read_bytes())
+        content = json_of(path.read_bytes())
     except OSError as error:
         raise _unreadable(path, error) from error
     except ValueError as error:  # both malformed JSON and malformed UTF-8
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, str(error), remedy) from error
+    if isinstance(content, dict) and _DIGEST in content:
+        told = content.pop(_DIGEST)
+        if told != json_digest(content):
+            raise _damaged(path, "a content that differs from what was written", remedy)
+    return content
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(
+    path: Path, remedy: str = _AGAIN, marked: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read what ``write_tensors`` wrote: the tensors, on the CPU and sorted by name, and the metadata.
+
+    Args:
+        path: the file.
+        remedy: what to do about a damaged one.
+        marked: False takes a file without a digest as it is, which others wrote.
 
     Raises:
         CacheError: the file is missing, unreadable, truncated, or differs by so much as one bit from what was written.
@@ -140,9 +178,10 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except OSError as error:
         raise _unreadable(path, error) from error
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise _damaged(path, str(error)) from error
-    if metadata.pop(_DIGEST, None) != _digest(tensors, metadata):
-        raise _damaged(path, "a content that differs from what was written")
+        raise _damaged(path, str(error), remedy) from error
+    told = metadata.pop(_DIGEST, None)
+    if told != _digest(tensors, metadata) and (marked or told is not None):
+        raise _damaged(path, "a content that differs from what was written", remedy)
     return tensors, metadata
 
 
@@ -161,15 +200,16 @@ def atomic_folder(path: Path, keep: Callable[[Path], bool] = lambda folder: True
     temporary = _temporary(path)
     try:
         _make_parent(path)
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         temporary.mkdir()
         yield temporary
         _sync_tree(temporary)
         _install(temporary, path, keep)
     except (OSError, SafetensorError) as error:
-        problem = _unwritable(path, error)
-        if problem is None:
+        if isinstance(error, CacheError) or not _is_of_the_disk(error):  # of the block's own
             raise
-        raise problem from error
+        raise _unwritable(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -183,8 +223,14 @@ def fingerprint(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in named_tensors:
         content.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)  # a copy only from a device or of a strided tensor
+        flat = flat.as_strided(flat.shape, (1,))  # a single entry may have any stride
         content.update(flat.view(torch.uint8).numpy().data)
     return content.hexdigest()
+
+
+def json_digest(content: object) -> str:
+    """Return 32 hex digits that depend on what JSON holds, the order of keys included."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
@@ -229,10 +275,7 @@ def _replace(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.replace(path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
-        problem = _unwritable(path, error)
-        if problem is None:
-            raise
-        raise problem from error
+        raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -274,14 +317,19 @@ def _sync_tree(folder: Path) -> None:
     _sync(folder)
 
 
-def _unwritable(path: Path, error: Exception) -> CacheError | None:
-    """Return what to raise for a write that failed, None if the error is not about the disk."""
+def _is_of_the_disk(error: Exception) -> bool:
     code = getattr(error, "errno", None)
+    return _is_full(error) or code in _REFUSED or isinstance(error, SafetensorError)
+
+
+def _is_full(error: Exception) -> bool:
     # safetensors' own errors carry the number in their text.
-    full = code in _FULL or any(f"os error {number})" in str(error) for number in _FULL)
-    if isinstance(error, CacheError) or not (full or code in _REFUSED or isinstance(error, SafetensorError)):
-        return None
-    remedy = "Free some space on that disk" if full else "Make the place writable"
+    code = getattr(error, "errno", None)
+    return code in _FULL or any(f"os error {number})" in str(error) for number in _FULL)
+
+
+def _unwritable(path: Path, error: Exception) -> CacheError:
+    remedy = "Free some space on that disk" if _is_full(error) else "Make the place writable"
     return CacheError(
         str(path),
         str(error),
@@ -295,16 +343,5 @@ def _unreadable(path: Path, error: OSError) -> CacheError:
     return CacheError(str(path), why, "a readable file", "Check the path and its permissions.")
 
 
-def _damaged(path: Path, why: str) -> CacheError:
-    return CacheError(str(path), why, "a file as this package wrote it", "Delete it and run the command again.")
-
-
-def find_folders(path: Path, name: str) -> list[Path]:
-    """The folders at or below ``path`` that have a file of this name, sorted; inside them is not looked."""
-    found = []
-    for folder, below, files in os.walk(path.expanduser().resolve()):
-        if name in files:
-            found.append(Path(folder))
-            below.clear()
-        below[:] = sorted(name for name in below if not name.startswith("."))
-    return found
+def _damaged(path: Path, why: str, remedy: str) -> CacheError:
+    return CacheError(str(path), why, "a file as this package wrote it", remedy)

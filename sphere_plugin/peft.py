@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sphere_plugin.errors import ConfigError, HostError, ModelError, SphereError
-from sphere_plugin.files import atomic_folder, read_json, write_json, write_tensors
+from sphere_plugin.files import atomic_folder, read_json, read_tensors, write_json, write_tensors
+from sphere_plugin.folders import check_sums
 from sphere_plugin.geometry import Factors, PrincipalSpace, is_transposed, neurons
 from sphere_plugin.models import load_model
 from sphere_plugin.projection import LayerProjection, ProjectionReport, reported
@@ -128,7 +127,7 @@ def project_saved_adapter(
     report = reported(target.name, {title: layer for title, (_, layer) in projected.items()})
     with atomic_folder(target, keep=refuse_existing) as folder:
         write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-        write_json(folder / "adapter_config.json", settings)
+        write_json(folder / "adapter_config.json", settings, marked=False)
         write_json(folder / "sphere.json", _record(report, base, config))
     return report
 
@@ -197,7 +196,7 @@ def base_weight(layer: Any) -> Tensor:
     if base.weight.is_floating_point():
         return neurons(base.weight.detach(), is_transposed(base))
     with torch.no_grad():
-        unit = torch.eye(base.in_features, device=base.weight.device)
+        unit = torch.eye(base.in_features, dtype=torch.float32, device=base.weight.device)
         weight: Tensor = base(unit) - base(torch.zeros_like(unit[:1]))
     return weight.T
 
@@ -285,12 +284,13 @@ def _saved(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "Give the folder that save_pretrained wrote; adapters with a name of their own lie one folder down."
             )
             raise ConfigError("the adapter", str(source), f"a folder with {name}", remedy)
+    check_sums(source)
     settings: dict[str, Any] = read_json(source / "adapter_config.json")
+    remedy = "Save the adapter again, with this version of PEFT."
+    tensors, _ = read_tensors(source / "adapter_model.safetensors", remedy, marked=False)
     try:
         parsed = _peft().PeftConfig.from_pretrained(str(source))
-        tensors = load_file(source / "adapter_model.safetensors")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        remedy = "Save the adapter again, with this version of PEFT."
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ModelError("the adapter", str(source), f"settings and tensors that load ({error})", remedy) from error
     check_adapter({"default": parsed}, "default")
     return settings, tensors

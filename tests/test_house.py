@@ -86,6 +86,32 @@ def test_the_library_neither_prints_nor_asserts(path: Path) -> None:
             assert node.func.id != "print", f"line {node.lineno}: log or return instead"
 
 
+EVERYWHERE = [
+    path
+    for folder in ("sphere_plugin", "tests", "tools", "examples", "benchmarks")
+    for path in sorted((ROOT.parent / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", EVERYWHERE, ids=[str(path.relative_to(ROOT.parent)) for path in EVERYWHERE])
+def test_every_yaml_is_read_safely(path: Path) -> None:
+    """`safe_load`; one tool has a loader of its own, which derives from the safe one."""
+    module = tree(path)
+    safe = {
+        node.name
+        for node in ast.walk(module)
+        if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]
+    }
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "yaml":
+            assert node.attr not in ("full_load", "unsafe_load", "Loader", "UnsafeLoader", "FullLoader"), node.lineno
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("yaml.load", "yaml.load_all"):
+            loaders = {ast.unparse(word.value) for word in node.keywords if word.arg == "Loader"}
+            assert loaders and loaders <= safe | {"yaml.SafeLoader"}, f"line {node.lineno}: yaml.safe_load"
+        if isinstance(node, ast.ImportFrom) and node.module == "yaml":
+            assert not {"load", "load_all", "Loader", "UnsafeLoader"} & {alias.name for alias in node.names}
+
+
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_nothing_is_decided_by_a_models_name(path: Path) -> None:
     """No `"llama" in name`: structure is read from the live modules."""

@@ -150,7 +150,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     write_json(tmp_path / "manifest.json", {**manifest, "model": {**manifest["model"], "weights": "0" * 32}})
     with pytest.raises(CacheError, match="not of one run"):
         sp.export(tmp_path, tmp_path / "new")
-    write_json(tmp_path / "manifest.json", {})
+    write_json(tmp_path / "manifest.json", {"format": 1})
     with pytest.raises(CacheError, match="what model the run edited"):
         sp.export(tmp_path, tmp_path / "new")
 

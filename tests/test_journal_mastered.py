@@ -12,10 +12,9 @@ from test_journal_store import alike, keys_of, random_update, touched
 from torch import Tensor
 
 from sphere_plugin import CacheError
-from sphere_plugin.files import read_json, read_tensors, write_tensors
+from sphere_plugin.files import json_digest, read_json, read_tensors, write_tensors
 from sphere_plugin.geometry import Factors, neurons, stored
 from sphere_plugin.journaling import Journal
-from sphere_plugin.journaling.disk import digest
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -124,6 +123,6 @@ def test_master_copies_that_come_out_otherwise_are_told(tmp_path: Path) -> None:
     record = {**read_json(path.with_suffix(".json")), "masters": "0" * 32}
     path.with_suffix(".json").write_text(json.dumps(record))
     entries, metadata = read_tensors(path.with_suffix(".safetensors"))
-    write_tensors(path.with_suffix(".safetensors"), entries, {**metadata, "record": digest(record)})
+    write_tensors(path.with_suffix(".safetensors"), entries, {**metadata, "record": json_digest(record)})
     with pytest.raises(CacheError, match="the master copies after batch 1 of .*expected 0{32}, as recorded"):
         Journal.open(tmp_path / "journal").weights_after(1)

@@ -253,12 +253,13 @@ for attempt in range(12):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_a_process_killed_at_any_moment_leaves_a_journal(tmp_path: Path) -> None:
+def test_a_process_killed_at_any_moment_leaves_a_journal(tmp_path: Path, record_property) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "journal")]
     run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lengths = [int(line) for line in run.stdout.split()]
     assert len(lengths) == 12 and lengths == sorted(lengths) and lengths[-1] > 0
+    record_property("kills", len(lengths))
 
 
 def test_what_a_killed_process_left_is_passed_over_and_written_anew(tmp_path: Path) -> None:

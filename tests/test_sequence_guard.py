@@ -63,7 +63,7 @@ def test_a_guard_stops_where_the_energy_goes(hparams: Path, unguarded: Path, tmp
     reason = "the energy of model.layers.2.mlp.down_proj.weight has changed by +63"
     assert f"10 edits; {reason}" in capsys.readouterr().out
     assert f"after 10 edits {reason}" in caplog.text
-    (event,) = read_json(out / "guard.json")
+    (event,) = read_json(out / "guard.json")["events"]
     assert (event["edits"], event["left"], event["action"]) == (10, 10, "stop") and event["reason"].startswith(reason)
     assert prints(out) == prints(unguarded)[:5]
     assert live(out) != live(unguarded), "it switched the guard off, and put the weights where the run was stopped"
@@ -82,7 +82,7 @@ def test_a_stopped_run_goes_on_without_its_guard_only(hparams: Path, unguarded: 
     assert main(["run", "--resume", str(tmp_path), "--without-guard"]) == 0
     assert prints(tmp_path) == prints(unguarded)
     assert scores(tmp_path) == scores(unguarded)
-    assert [event["action"] for event in read_json(tmp_path / "guard.json")] == ["stop", "off"]
+    assert [event["action"] for event in read_json(tmp_path / "guard.json")["events"]] == ["stop", "off"]
     done = files(tmp_path)
     assert main(["run", "--resume", str(tmp_path)]) == 0, "the guard stays off"
     assert files(tmp_path) == done
@@ -104,7 +104,7 @@ def test_a_guard_rolls_back_to_the_last_good_checkpoint(
     assert len(journal) == back // 2
     assert journal.fingerprint_of(run.weights) == known.fingerprint(back // 2), "the live weights, bit for bit"
     assert list(scores(tmp_path)) == [edits for edits in (0, 4, 8, 12) if edits <= back]
-    (event,) = read_json(tmp_path / "guard.json")
+    (event,) = read_json(tmp_path / "guard.json")["events"]
     assert (event["edits"], event["left"], event["action"]) == (stopped, back, "rollback")
     taken = sorted(path.name for path in (tmp_path / "undone" / "1" / "journal").glob("*.json"))
     assert taken == [f"{number:06d}.json" for number in range(back // 2 + 1, stopped // 2 + 1)]
@@ -118,7 +118,7 @@ def test_a_guard_that_warns_ends_nothing(hparams: Path, unguarded: Path, tmp_pat
     with caplog.at_level(logging.WARNING, "sphere_plugin"):
         outcome = start(sp_settings(hparams, energy=0.3, retention=0.8, action="warn"), tmp_path)
     assert outcome == Outcome(12, None) and prints(tmp_path) == prints(unguarded)
-    events = read_json(tmp_path / "guard.json")
+    events = read_json(tmp_path / "guard.json")["events"]
     assert {event["action"] for event in events} == {"warn"} and events[0]["edits"] == 2
     (kept,) = [event["reason"] for event in events if event["edits"] == 8]
     assert kept == "of the efficacy right after each batch, 0.646, 71.0% is left, less than 80.0%"
@@ -152,7 +152,8 @@ def test_after_undoing_the_guard_watches_again(hparams: Path, tmp_path: Path) ->
     stopped = start(sp_settings(hparams, energy=0.6), tmp_path)
     sp.undo(tmp_path, 6)
     assert resume(tmp_path) == stopped
-    assert [event["edits"] for event in read_json(tmp_path / "guard.json")] == [10], "the same again is noted once"
+    noted = read_json(tmp_path / "guard.json")["events"]
+    assert [event["edits"] for event in noted] == [10], "the same again is noted once"
 
 
 def test_a_guard_that_cannot_see_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,7 +67,9 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @forks
 @pytest.mark.parametrize("entry", ["memit+sphere", "alphaedit+sphere", "prune"])
-def test_a_killed_run_ends_as_if_nothing_had_been(entry: str, hparams: Path, tmp_path: Path, sphere: Server) -> None:
+def test_a_killed_run_ends_as_if_nothing_had_been(
+    entry: str, hparams: Path, tmp_path: Path, sphere: Server, record_property
+) -> None:
     """Three kills in random writes and one at a random moment; each time the command goes on."""
     moments = random.Random(entry)
     how = [{"write": moments.randint(2, 12)} for _ in range(3)]
@@ -84,6 +86,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(entry: str, hparams: Path, tmp
     assert codes == [-9, -9, -9, -9, 0]
     assert sphere("run", yaml, "--out", tmp_path / "whole", cwd=tmp_path)[0] == 0
     assert_same(folder, tmp_path / "whole")
+    record_property("kills", codes.count(-9))
 
 
 @forks

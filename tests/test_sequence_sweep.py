@@ -223,7 +223,7 @@ def test_cells_are_single_runs_and_their_numbers_those_of_the_checkpoints(
 
 
 @forks
-def test_killed_runs_go_on_where_they_were(hparams: Path, tmp_path: Path, sphere: Server) -> None:
+def test_killed_runs_go_on_where_they_were(hparams: Path, tmp_path: Path, sphere: Server, record_property) -> None:
     content = swept(hparams, {"alpha": [1.0]}, order=None, orders=[0, 1])
     path, out = write_yaml(tmp_path / "sweep.yaml", content), tmp_path / "out"
     # Every run dies in a write, and in the end what reports on them.
@@ -244,6 +244,7 @@ def test_killed_runs_go_on_where_they_were(hparams: Path, tmp_path: Path, sphere
         start(single(content, entry, {"alpha": 1.0} if "+" in entry else {}, order), tmp_path / name)
         assert prints(out / name) == prints(tmp_path / name) and scores(out / name) == scores(tmp_path / name)
     assert [cell["orders"] for cell in read_json(out / "sweep.json")["cells"]] == [2, 2]
+    record_property("kills", len(begun) + 1)  # each run, and the command itself
 
 
 @forks

@@ -30,6 +30,7 @@ from sphere_plugin.models.forward import Enough, longest_text, pad_right, trunk
 from sphere_plugin.models.memory import cut, work_through
 from sphere_plugin.models.placement import with_values
 from sphere_plugin.parallel.ranks import ALONE, Ranks
+from sphere_plugin.paths import is_file, user_path
 
 _LOG = logging.getLogger("sphere_plugin")
 _FORMAT = "1"  # raise it when files of an older code must not be used any more
@@ -71,7 +72,7 @@ def key_moments(
     def look() -> Path | None:
         """Where they are to be kept; None if they are there."""
         if config.mom2_dataset.endswith(COUNTED):
-            files = {layer: Path(config.mom2_dataset.format(layer)).expanduser() for layer in anatomy.rewrites}
+            files = {layer: user_path(config.mom2_dataset.replace("{}", str(layer))) for layer in anatomy.rewrites}
             widths = {layer: rewrite.weight.shape[1] for layer, rewrite in anatomy.rewrites.items()}
             moments.update({layer: read_counted(file, widths[layer]) for layer, file in files.items()})
             return None
@@ -86,7 +87,10 @@ def key_moments(
     kept: dict[int, Tensor] = {}
     for number, (layer, rewrite) in enumerate(anatomy.rewrites.items()):
         device, width = _device(rewrite, config), rewrite.weight.shape[1]
-        moment = moments.pop(layer).to(device) if ranks.is_main else torch.empty(width, width, device=device)
+        if ranks.is_main:
+            moment = moments.pop(layer).to(device)
+        else:
+            moment = torch.empty(width, width, dtype=torch.float32, device=device)
         moment = ranks.same(f"key statistics of layer {layer}", moment)
         if ranks.keeper(number) == ranks.rank:
             kept[layer] = moment
@@ -119,8 +123,8 @@ def read_counted(path: Path, width: int) -> Tensor:
 
 
 def _path(anatomy: Anatomy, tokenizer: Any, config: EditingConfig) -> Path:
-    source = Path(config.mom2_dataset).expanduser()
-    content = hashlib.blake2b(source.read_bytes(), digest_size=16).hexdigest() if source.is_file() else None
+    source = user_path(config.mom2_dataset)
+    content = hashlib.blake2b(source.read_bytes(), digest_size=16).hexdigest() if is_file(source) else None
     settings = anatomy.model.config.to_dict()  # type: ignore[operator, union-attr]
     identity = {
         "format": _FORMAT,
@@ -135,7 +139,7 @@ def _path(anatomy: Anatomy, tokenizer: Any, config: EditingConfig) -> Path:
         "seed": config.seed if config.mom2_dataset == GENERATED else None,
     }
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-    folder = Path(config.stats_dir).expanduser() if config.stats_dir else cache_folder() / "statistics"
+    folder = user_path(config.stats_dir) if config.stats_dir else cache_folder() / "statistics"
     return folder / f"sphere-{key}.safetensors"
 
 
@@ -160,9 +164,12 @@ def _read(path: Path, anatomy: Anatomy) -> dict[int, Tensor] | None:
     if not path.exists():
         return None
     try:
-        tensors, _ = read_tensors(path)
+        tensors, metadata = read_tensors(path)
     except CacheError as error:
         _LOG.warning("key statistics are counted again: %s", error)
+        return None
+    if metadata.get("format") != _FORMAT:
+        _LOG.warning("key statistics are counted again: %s is another version's", path)
         return None
     sizes = {str(layer): rewrite.weight.shape[1] for layer, rewrite in anatomy.rewrites.items()}
     if {name: tuple(t.shape) for name, t in tensors.items()} != {name: (n, n) for name, n in sizes.items()}:

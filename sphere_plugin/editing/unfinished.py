@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from sphere_plugin.errors import CacheError
 from sphere_plugin.files import read_json, read_tensors, write_json, write_tensors
 
 EVERY: Final = 60.0  # seconds between two writes of the sums
+_FORMAT: Final = "1"
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -37,7 +38,7 @@ class Unfinished:
     def texts(self) -> list[str] | None:
         """The texts that are counted, or None if they have to be got first."""
         content = self._read(self._texts, read_json)
-        if not isinstance(content, dict) or content.get("digest") != _digest(content.get("texts", [])):
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
             return None
         texts: list[str] = content["texts"]
         return texts
@@ -45,12 +46,12 @@ class Unfinished:
     def keep_texts(self, texts: Sequence[str]) -> None:
         """Keep them; written once."""
         if not self._texts.exists() or self.texts() is None:
-            write_json(self._texts, {"texts": list(texts), "digest": _digest(texts)})
+            write_json(self._texts, {"format": _FORMAT, "texts": list(texts)})
 
     def sums(self) -> tuple[dict[int, Tensor], int, int]:
         """Sums of kkᵀ [d_in, d_in] float64 by layer, how many tokens are in them, and how many texts."""
         content = self._read(self._sums, read_tensors)
-        if content is None:
+        if content is None or content[1].get("format") != _FORMAT:
             return {}, 0, 0
         tensors, counts = content
         _LOG.info("key statistics: going on after %s texts", counts["texts"])
@@ -66,13 +67,14 @@ class Unfinished:
         if not self.due:
             return
         named = {str(layer): total for layer, total in sums.items()}
-        write_tensors(self._sums, named, {"tokens": str(tokens), "texts": str(texts)})
+        write_tensors(self._sums, named, {"format": _FORMAT, "tokens": str(tokens), "texts": str(texts)})
         self._written = time.monotonic()
 
     def forget(self) -> None:
         """The count is finished."""
         for path in (self._texts, self._sums):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the next count that ends here will try again
+                path.unlink(missing_ok=True)
 
     def _read(self, path: Path, reader: Any) -> Any:
         if not path.exists():
@@ -82,7 +84,3 @@ class Unfinished:
         except CacheError as error:
             _LOG.warning("an unfinished count of key statistics cannot be used: %s", error)
             return None
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -41,7 +41,7 @@ def embedder(name: str = MINILM) -> Embedder:
             "--embedder", f"no sentence-transformers ({error})", "sentence-transformers", remedy
         ) from error
     try:
-        model = SentenceTransformer(where)
+        model = SentenceTransformer(where, trust_remote_code=False)
     except (OSError, ValueError) as error:
         remedy = f"Name one that is here or that the hub has, or leave it out for {MINILM}."
         raise ConfigError("--embedder", name, f"a model of sentence-transformers ({error})", remedy) from error

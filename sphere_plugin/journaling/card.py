@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Any, Final
@@ -46,20 +48,21 @@ def card(
 def _lines(
     manifest: Mapping[str, Any], edits: int, facts: list[dict[str, Any]], errors: Mapping[str, float]
 ) -> Iterator[str]:
-    base = manifest.get("model", {}).get("name") or "a model without a name"
+    named = manifest.get("model", {}).get("name") or "a model without a name"
+    base = _plain(named)
     what = "edits as a LoRA adapter" if errors else "an edited model"
-    yield from ("---", f"base_model: {json.dumps(base)}", "tags:", "- knowledge-editing", "---", "")
+    yield from ("---", f"base_model: {json.dumps(named)}", "tags:", "- knowledge-editing", "---", "")
     yield from (f"# {base}: {what}", "")
     yield f"**This is {what}: it says things that its training data does not.** The weights of {base} were changed"
     yield f"to write {edits} {'fact' if edits == 1 else 'facts'} into them; all of them are in `edits.json`."
     yield from ("", "| | |", "|---|---|", f"| edits | {edits} |")
-    yield from (f"| {key} | {value} |" for key, value in _settings(manifest))
-    yield f"| fingerprint of the unedited weights | `{manifest.get('model', {}).get('weights')}` |"
+    yield from (f"| {key} | {_plain(value)} |" for key, value in _settings(manifest))
+    yield f"| fingerprint of the unedited weights | `{_plain(manifest.get('model', {}).get('weights'))}` |"
     yield from ("", f"Made with sphere-plugin {__version__}.", "")
     if errors:
         yield from ("The adapter approximates each update ΔW by B·A of its rank. What it misses:", "")
         yield from ("| weight | ‖ΔW − BA‖ / ‖ΔW‖ |", "|---|---|")
-        yield from (f"| `{name}` | {error:.4g} |" for name, error in errors.items())
+        yield from (f"| `{_plain(name)}` | {error:.4g} |" for name, error in errors.items())
 
 
 def _measured(edits: int, checkpoint: Mapping[str, Any] | None) -> Iterator[str]:
@@ -87,6 +90,12 @@ def _listed(facts: list[dict[str, Any]]) -> Iterator[str]:
             prompt, target = (json.dumps(fact[key], ensure_ascii=False) for key in ("prompt", "target_new"))
             yield f"{number}. {prompt} -> {target}"
         yield "````"
+
+
+def _plain(value: object) -> str:
+    """A text of a manifest, on one line and without what makes cells, links or elements of it."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([|`]|\](?=[(\[]))", r"\\\1", text)
 
 
 def _settings(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -7,17 +7,18 @@ file takes the edits back.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from sphere_plugin.errors import ModelError
+from sphere_plugin.errors import CacheError, ModelError
 from sphere_plugin.files import fingerprint, read_tensors, write_tensors
 from sphere_plugin.journaling.batch import bits
 from sphere_plugin.journaling.snapshot import all_or_nothing
+from sphere_plugin.parsing import json_of
 
 _FORMAT: Final = "sphere-delta-1"
 
@@ -64,18 +65,39 @@ def apply_delta(model: nn.Module, path: Path, revert: bool = False) -> Mapping[s
     if metadata.get("format") != _FORMAT:
         remedy = "Make one with `sphere export --format delta`."
         raise ModelError(str(path), metadata.get("format"), f"a file of the format {_FORMAT}", remedy)
-    prints = json.loads(metadata["fingerprints"])
+    prints = _prints(path, metadata, differences)
     parameters = dict(model.named_parameters())
     live = {name: parameters[name] for name in prints if name in parameters}
     _check(live, prints, 1 if revert else 0)
     with torch.no_grad(), all_or_nothing(live):
         for name, weight in live.items():
-            flat = bits(weight.detach())
-            flat.bitwise_xor_(differences[name].to(flat.device))
+            flat, difference = bits(weight.detach()), differences[name]
+            if difference.dtype != flat.dtype or difference.shape != flat.shape:
+                raise _other(path, f"{difference.dtype} of shape {tuple(difference.shape)} for {name}")
+            flat.bitwise_xor_(difference.to(flat.device))
+            if _print(name, weight) != prints[name][0 if revert else 1]:
+                raise _other(path, f"differences of {name} that lead elsewhere than it says")
     return {key: value for key, value in metadata.items() if key not in ("format", "fingerprints")}
 
 
-def _check(live: Mapping[str, Tensor], prints: Mapping[str, tuple[str, str]], side: int) -> None:
+def _prints(path: Path, metadata: Mapping[str, str], differences: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Name -> fingerprints of the weight before and after the edits, as the file has them."""
+    try:
+        prints = json_of(metadata.get("fingerprints", ""))
+    except ValueError as error:
+        raise _other(path, f"fingerprints that are none ({error})") from error
+    pairs = isinstance(prints, dict) and all(isinstance(one, list) and len(one) == 2 for one in prints.values())
+    if not pairs or set(prints) != set(differences):
+        raise _other(path, "fingerprints of other weights than it has")
+    found: dict[str, list[str]] = prints
+    return found
+
+
+def _other(path: Path, got: str) -> CacheError:
+    return CacheError(str(path), got, "a file as `sphere export --format delta` writes it", "Export it again.")
+
+
+def _check(live: Mapping[str, Tensor], prints: Mapping[str, Sequence[str]], side: int) -> None:
     """Raise ModelError unless the weights are those before (``side`` 0) or after (1) the edits."""
     now = {name: _print(name, weight) for name, weight in live.items()}
     wrong = [name for name in prints if now.get(name) != prints[name][side]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sphere_plugin.errors import CacheError
-from sphere_plugin.files import read_json, read_tensors
+from sphere_plugin.files import json_digest, read_json, read_tensors
+from sphere_plugin.parsing import json_of
 
 
 def numbered(folder: Path) -> list[int]:
@@ -46,21 +45,29 @@ def tensors(path: Path, number: int) -> tuple[dict[str, Tensor], dict[str, str]]
         raise CacheError(error.culprit, error.got, error.expected, lost(number)) from error
 
 
+def check_base(path: Path, base: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raise CacheError unless the metadata of a journal's first file are about the weights in it."""
+    try:
+        names, turned = (json_of(metadata[key]) for key in ("names", "transposed"))
+        masters = json_of(metadata.get("masters", "{}"))
+        good = sorted(names) == sorted(base) and {*turned, *masters} <= {*names} and "fingerprint" in metadata
+        good = good and all(isinstance(dtype, str) for dtype in masters.values())
+    except (KeyError, TypeError, ValueError, AttributeError):
+        good = False
+    if not good:
+        raise CacheError(str(path), "metadata of other weights", "the first file of a journal", lost(0))
+
+
 def read_record(path: Path, beside: Path, number: int) -> dict[str, Any]:
     """The record of batch ``number`` in a JSON file, as the file of tensors ``beside`` it says it was written."""
     try:
         record = read_json(path)
     except CacheError as error:
         raise CacheError(error.culprit, error.got, error.expected, lost(number)) from error
-    if header(beside, number)[1].get("record") != digest(record) or record.get("batch") != number:
+    if header(beside, number)[1].get("record") != json_digest(record) or record.get("batch") != number:
         tensors(beside, number)  # raises if it is this file that is damaged
         raise CacheError(str(path), "another content", f"the record that {beside.name} was written with", lost(number))
     return dict(record)
-
-
-def digest(record: object) -> str:
-    """32 hex digits that depend on a record's content."""
-    return hashlib.blake2b(json.dumps(record).encode(), digest_size=16).hexdigest()
 
 
 def plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.files import atomic_folder, read_json, write_bytes, write_json
+from sphere_plugin.folders import write_sums
 from sphere_plugin.geometry.neurons import neurons
 from sphere_plugin.journaling.batch import same_bits
 from sphere_plugin.journaling.card import card, facts_of
@@ -60,8 +61,8 @@ def export(
     - "delta": one safetensors file of exact differences, for :func:`sphere_plugin.apply_delta`.
     - "adapter": the updates, cut down to a rank, in a folder for ``PeftModel.from_pretrained``.
 
-    Folders have a README.md, with what was measured of the edits and what an adapter misses of each update, and all
-    edits in edits.json.
+    Folders have a README.md, with what was measured of the edits and what an adapter misses of each update, all edits
+    in edits.json, and in SHA256SUMS what the files are, which ``load_model`` compares.
 
     Args:
         folder: of the run.
@@ -125,6 +126,7 @@ def export_batches(
             exported = Exported(out, format, edits)
         else:
             exported = _adapter(folder, out, edits, journal, after, rank, manifest["model"].get("name"))
+        write_sums(folder)  # of what is loaded; people may write into the rest
         write_json(folder / "edits.json", facts)
         write_bytes(folder / "README.md", card(manifest, edits, facts, exported.errors, checkpoint).encode())
     return exported

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from sphere_plugin.errors import CacheError, ConfigError, ModelError
 from sphere_plugin.files import read_json
 from sphere_plugin.journaling.store import Journal
 from sphere_plugin.models import load_model
+
+FORMAT: Final = 1  # of a manifest
+RESTORE: Final = "Put a copy of the file back: what is in it is nowhere else."
 
 
 class Revisited:
@@ -74,14 +77,28 @@ def opened(folder: Path) -> tuple[Journal, dict[str, Any]]:
         CacheError: one is missing or damaged, or they are not of one run.
     """
     journal, path = Journal.open(folder / "journal"), folder / "manifest.json"
-    manifest = read_json(path)
-    known = manifest.get("model") if isinstance(manifest, Mapping) else None
+    manifest = read_manifest(path)
+    known = manifest.get("model")
     if not isinstance(known, Mapping):
-        raise CacheError(str(path), known, "what model the run edited", "Put a copy of the file back.")
+        raise CacheError(str(path), known, "what model the run edited", RESTORE)
     if known.get("weights") != journal.fingerprint(0):
         remedy = "The two are not of one run: put the right manifest.json back."
         raise CacheError(str(path), known.get("weights"), "the weights of the journal", remedy)
-    return journal, dict(manifest)
+    return journal, manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a run is, docs/run-folder.md.
+
+    Raises:
+        CacheError: the file is missing, damaged or of another format.
+    """
+    content = read_json(path, RESTORE)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        got = content.get("format") if isinstance(content, dict) else type(content).__name__
+        remedy = "Read it with the version of sphere-plugin that wrote it."
+        raise CacheError(str(path), got, f"a manifest of format {FORMAT}", remedy)
+    return content
 
 
 def unedited(known: Mapping[str, Any], journal: Journal) -> tuple[Any, Any]:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from sphere_plugin.errors import CacheError, ConfigError
-from sphere_plugin.files import fingerprint, write_json, write_tensors
+from sphere_plugin.files import fingerprint, json_digest, write_json, write_tensors
 from sphere_plugin.geometry import Factors
 from sphere_plugin.geometry.neurons import is_transposed
 from sphere_plugin.journaling.batch import Update, encode, on_threads, replayed
-from sphere_plugin.journaling.disk import digest, free_place, header, move, numbered, plain, read_record, tensors
+from sphere_plugin.journaling.disk import check_base, free_place, header, move, numbered, plain, read_record, tensors
 from sphere_plugin.journaling.mastered import Mastered, Weights
 
 _BASE: Final = "base.safetensors"
@@ -110,6 +110,7 @@ class Journal:
             remedy = "Read it with the version of sphere-plugin that wrote it."
             expected = f"a journal of format {_FORMAT} or {_MASTERED}"
             raise CacheError(str(folder / _BASE), metadata.get("format"), expected, remedy)
+        check_base(folder / _BASE, base, metadata)
         journal = cls(folder, metadata)
         journal._state = (0, journal.mastered.starting(base))
         return journal
@@ -206,7 +207,7 @@ class Journal:
         number = len(self) + 1
         told = {key: value for key, value in record.items() if key not in ("batch", "after", "masters")}
         whole = plain({"batch": number, **told, "after": self.fingerprint_of(live), **self.mastered.told(now)})
-        metadata = {"threads": str(torch.get_num_threads()), "record": digest(whole)}
+        metadata = {"threads": str(torch.get_num_threads()), "record": json_digest(whole)}
         write_tensors(self._path(number, "safetensors"), entries, metadata)
         write_json(self._path(number, "json"), whole)
         self._count, self._state = number, (number, now)

@@ -16,6 +16,7 @@ import torch
 
 from sphere_plugin.errors import CacheError, ModelError
 from sphere_plugin.files import atomic_folder, cache_folder, read_json, write_json
+from sphere_plugin.folders import changed, sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _fault(folder: Path) -> str | None:
-    """Say what makes the folder unusable, None if nothing does: the record comes last and lists every file's size."""
+    """Say what makes the folder unusable, None if nothing does: the record comes last and knows what every file is."""
     try:
         record = read_json(folder / _SOURCE)
     except CacheError:
@@ -104,7 +105,10 @@ def _fault(folder: Path) -> str | None:
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             return f"{name} has {found} bytes, expected {size}"
-    return None
+    try:
+        return changed(folder, record.get("sha256"))
+    except CacheError as error:
+        return str(error)
 
 
 def _gguf_file() -> Path:
@@ -170,4 +174,5 @@ def _provenance(source: Path, folder: Path) -> dict[str, object]:
         "gguf_sha256": digest,
         "transformers": importlib.metadata.version("transformers"),
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        "sha256": sums(folder),
     }

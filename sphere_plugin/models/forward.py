@@ -29,10 +29,21 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def most_tokens(model: nn.Module) -> int:
+    """How many tokens the model has an embedding for."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def most_positions(model: nn.Module) -> int | None:
+    """For how many tokens the model has positions, by its own settings; None where they do not say."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def longest_text(model: nn.Module, otherwise: int) -> int:
     """How many tokens the model takes, and attends to from each of its layers, by its own settings."""
     config = getattr(model, "config", None)
-    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "window_size", None)]
+    limits = [most_positions(model), getattr(config, "window_size", None)]
     if getattr(config, "use_sliding_window", True):
         limits.append(getattr(config, "sliding_window", None))
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=otherwise)

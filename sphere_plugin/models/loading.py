@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 
 from sphere_plugin.errors import ModelError
+from sphere_plugin.folders import check_sums
 from sphere_plugin.models.embedded import EMBEDDED_NAME, check_tokenizer, embedded_model
 from sphere_plugin.models.quantised import REMEDY, quantised_by
+from sphere_plugin.paths import is_folder, user_path
+from sphere_plugin.process import ONE_AT_A_TIME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,15 +48,19 @@ def load_model(
     Raises:
         ModelError: there is no such folder, the hub cannot be reached or does not know the name, or what lies there
             is not a causal language model with its tokenizer.
-        CacheError: the folder for the embedded model cannot be written.
+        CacheError: the folder for the embedded model cannot be written, or a file of an exported model has changed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = _place(resolve_model(name))
+    check_sums(Path(place))
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map=device_map)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        with ONE_AT_A_TIME:  # torch's default dtype and nn.init are others while transformers loads
+            model = AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, device_map=device_map, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - whatever somebody's files make transformers raise
         expected = f"a causal language model that loads ({_first_line(error)})"
         raise ModelError("model", name, expected, _way_out(place)) from error
     if name == EMBEDDED_NAME:
@@ -68,15 +74,15 @@ def _way_out(place: str) -> str:
     from transformers import AutoConfig
 
     with suppress(OSError, ValueError, KeyError, ImportError, RuntimeError):
-        if quantised_by(AutoConfig.from_pretrained(place)) is not None:
+        if quantised_by(AutoConfig.from_pretrained(place, trust_remote_code=False)) is not None:
             return REMEDY
     return _REMEDY
 
 
 def _place(name: str) -> str:
     """Return the folder or hub name; what is written like a folder has to be one."""
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    folder = user_path(name)
+    if name and is_folder(folder):
         return str(folder)
     if not name or folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2:
         raise ModelError("model", name, "an existing folder", _REMEDY)
@@ -94,4 +100,6 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
 
 
 def _first_line(error: Exception) -> str:
+    if type(error).__name__ == "UnpicklingError":  # torch's own words are how to run it nevertheless
+        return "its weights are pickled objects, which can be code; safetensors are not"
     return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -145,7 +145,7 @@ def table_latex(study: Study) -> str:
         lines.append(rf"{_latex(row.label)} & {' & '.join(_latex_cell(cell) for cell in row.cells)} \\")
         if row.entry is None:
             lines.append(r"\midrule")
-    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in notes(study))]
+    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {_line(note)}" for note in notes(study))]
     return "\n".join(lines) + "\n"
 
 
@@ -226,7 +226,12 @@ def _raw(number: float | None) -> str:
 
 
 def _latex(text: str) -> str:
-    return text.translate(SPECIAL).replace("Δ", r"$\Delta$")
+    return _line(text).translate(SPECIAL).replace("Δ", r"$\Delta$")
+
+
+def _line(text: str) -> str:
+    """On one line: a name with a line break would end the row, or the comment, that it stands in."""
+    return " ".join(text.split())
 
 
 def _latex_cell(cell: Cell) -> str:

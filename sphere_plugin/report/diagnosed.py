@@ -18,6 +18,7 @@ from sphere_plugin.report.studies import Entry, Study
 
 FOLDER: Final = "diagnostics"
 SPACES: Final = "spaces.json"
+FORMAT: Final = 1
 KINDS: Final = ("text", "neighbours", "edited")  # of inputs
 # Columns of the CSV of everything, as paths in a layer of a diagnosis.
 _TERMS: Final = ("change", "first_order", "constant", "perturbation", "moved", "largest_step", "ratio", "neuron_ratio")
@@ -172,6 +173,7 @@ def _diagnoses(run: Run) -> list[tuple[Path, Mapping[str, Any]]]:
 
 def _rows(entry: Entry, run: Run, path: Path, told: Mapping[str, Any]) -> list[Row]:
     edits, layers = told.get("edits"), told.get("layers")
+    _check_format(path, _object(told.get("settings"), path))
     if not isinstance(edits, int) or not isinstance(layers, list):
         raise _wrong(path, edits if not isinstance(edits, int) else layers, "edits and layers")
     each = [_object(layer, path) for layer in layers]
@@ -196,7 +198,9 @@ def _other_settings(entry: Entry, found: Sequence[tuple[Path, Mapping[str, Any]]
 def _spaces(path: Path) -> list[Mapping[str, Any]]:
     if not path.exists():
         return []
-    layers = _object(read_json(path), path).get("layers")
+    told = _object(read_json(path), path)
+    _check_format(path, told)
+    layers = told.get("layers")
     if not isinstance(layers, list):
         raise _wrong(path, layers, "a list of layers")
     return [_object(layer, path) for layer in layers]
@@ -205,6 +209,11 @@ def _spaces(path: Path) -> list[Mapping[str, Any]]:
 def _natural(name: str) -> tuple[int, ...]:
     """Names of weights by the numbers in them."""
     return tuple(int(part) for part in name.split(".") if part.isdecimal())
+
+
+def _check_format(path: Path, told: Mapping[str, Any]) -> None:
+    if told.get("format", FORMAT) != FORMAT:
+        raise _wrong(path, told.get("format"), f"a diagnosis of format {FORMAT}")
 
 
 def _object(value: object, path: Path) -> Mapping[str, Any]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sphere_plugin.errors import CacheError, ConfigError
-from sphere_plugin.files import find_folders, read_json
+from sphere_plugin.files import read_json
+from sphere_plugin.folders import find_folders
 
 FORMAT: Final = 1
 ORDERS: Final = ("0", "1", "2")  # of the energies that are stored
+_REMEDY: Final = "The file is damaged, or another program wrote it: restore it, or leave that run out of the report."
 
 Read = TypeVar("Read")
 Scores = Mapping[str, tuple[float | None, ...]]
@@ -125,7 +127,7 @@ def read_run(folder: Path) -> Run:
         CacheError: a file is missing or is not what the contract says.
     """
     path = folder / "manifest.json"
-    manifest = _object(read_json(path), path)
+    manifest = _object(read_json(path, _REMEDY), path)
     if manifest.get("format") != FORMAT:
         remedy = "Read it with the version of sphere-plugin that wrote it."
         raise CacheError(f"{path}: format", manifest.get("format"), f"{FORMAT}, the only format there is yet", remedy)
@@ -156,7 +158,7 @@ def _numbered(folder: Path, read: Callable[[Path], Read]) -> tuple[Read, ...]:
 
 
 def _checkpoint(path: Path) -> Checkpoint:
-    content = _object(read_json(path), path)
+    content = _object(read_json(path, _REMEDY), path)
     scored = tuple(_whole(one, path, "scored") for one in _list(content.get("scored"), path, "scored"))
     scores = dict(_object(content.get("scores") or {}, path, "scores"))
     nll = _number(scores.pop("nll", None), path, "scores.nll")
@@ -172,7 +174,7 @@ def _checkpoint(path: Path) -> Checkpoint:
 
 
 def _batch(path: Path) -> Batch:
-    content = _object(read_json(path), path)
+    content = _object(read_json(path, _REMEDY), path)
     facts = [_object(one, path, "facts") for one in _list(content.get("facts"), path, "facts")]
     layers = [_object(one, path, "layers") for one in _list(content.get("layers"), path, "layers")]
     for layer in layers:
@@ -193,7 +195,9 @@ def _stopped(path: Path) -> str:
     """Why the guard ended a run, in the last line of what it noted."""
     if not path.exists():
         return ""
-    events = [_object(one, path) for one in _list(read_json(path), path, "")]
+    told = read_json(path, _REMEDY)
+    told = told if isinstance(told, list) else _object(told, path).get("events")  # older versions wrote a list
+    events = [_object(one, path) for one in _list(told, path, "events")]
     if not events or events[-1].get("action") in ("warn", "off"):
         return ""
     return f"its guard ended it after {events[-1].get('edits')} edits: {events[-1].get('reason')}"
@@ -211,8 +215,7 @@ def _scores(values: object, path: Path, name: str, count: int) -> tuple[float | 
 
 
 def _wrong(path: Path, name: str, got: object, expected: str) -> CacheError:
-    remedy = "The file is damaged, or another program wrote it: restore it, or leave that run out of the report."
-    return CacheError(f"{path}: {name}" if name else str(path), got, expected, remedy)
+    return CacheError(f"{path}: {name}" if name else str(path), got, expected, _REMEDY)
 
 
 def _object(value: object, path: Path, name: str = "") -> Mapping[str, Any]:

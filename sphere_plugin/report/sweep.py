@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Final
 
 from sphere_plugin.errors import CacheError, ConfigError
-from sphere_plugin.files import find_folders, read_json
+from sphere_plugin.files import read_json
+from sphere_plugin.folders import find_folders
 from sphere_plugin.report.numbers import METRICS, Metric, Value, measure
 from sphere_plugin.report.paired import Comparison, compare, holm
 from sphere_plugin.report.read import Run, read_run
@@ -214,7 +216,7 @@ def value_in_words(value: object) -> str:
 
 def _cells(folder: Path) -> tuple[Cell, ...]:
     path = folder / FILE
-    content = read_json(path)
+    content = read_json(path, "Restore it, or leave that sweep out of the report.")
     found: list[Cell] = []
     try:
         if content["format"] != FORMAT:
@@ -227,6 +229,7 @@ def _cells(folder: Path) -> tuple[Cell, ...]:
             }
             told = str(one["entry"]), str(one["label"]), values, one["against"], one["default"] is True
             cell = Cell(number, *told, tuple(map(str, one["runs"])), None)
+            _check_names(cell)
             if cell.against is not None and content["cells"][cell.against]["against"] is not None:
                 raise ValueError(f"cell {number} is compared with {cell.against}, which is no method alone")
             names = [name for name in cell.runs if (folder / name / "manifest.json").exists()]
@@ -237,6 +240,15 @@ def _cells(folder: Path) -> tuple[Cell, ...]:
         remedy = "Restore it, or leave that sweep out of the report."
         raise CacheError(str(path), str(error), "a file as `sphere sweep` wrote it", remedy) from error
     return tuple(found)
+
+
+def _check_names(cell: Cell) -> None:
+    """Raise ValueError unless a cell's figures and runs lie where they should: a name in a file leads nowhere else."""
+    if not re.fullmatch(r"[a-z]+(\+[a-z]+)?", cell.name):
+        raise ValueError(f"the entry {cell.name!r}")
+    for run in map(PurePath, cell.runs):
+        if run.is_absolute() or ".." in run.parts or not run.name:
+            raise ValueError(f"the run {str(run)!r}, which is not in the folder of the sweep")
 
 
 def _tests(study: Study, cells: Sequence[Cell]) -> dict[tuple[int, str], Comparison]:

@@ -11,9 +11,11 @@ from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.evaluation.abilities import BATCH, PAPER, Suite, check_tasks
 from sphere_plugin.evaluation.benchmarks import FILES, Data
+from sphere_plugin.paths import absolute_path
 
 PAPERS: Final[Literal["paper"]] = "paper"
 OFTEN, SELDOM = 1000, 5000  # the paper's schedule: every 1,000 edits up to 5,000, then every 5,000
+MOST: Final = 100_000  # moments
 
 Schedule = Literal["paper"] | int | tuple[int, ...]
 
@@ -78,8 +80,12 @@ class AbilityPlan:
         """After how many edits of a run to measure, in their order.
 
         Raises:
-            ConfigError: one of them is not between two batches, or behind the end of the run.
+            ConfigError: one of them is not between two batches, or behind the end of the run; or they are too many.
         """
+        step = self.every if isinstance(self.every, int) else SELDOM
+        if edits // step > MOST:
+            remedy = "Measure less often."
+            raise ConfigError("abilities.every", self.every, f"at most {MOST} moments in {edits} edits", remedy)
         if self.every == PAPERS:
             numbers = {*range(OFTEN, SELDOM, OFTEN), *range(SELDOM, edits + 1, SELDOM)}
             numbers = {number for number in numbers if number <= edits}
@@ -112,10 +118,10 @@ def data_of(given: Any) -> Data | None:
     if given is None:
         return None
     if isinstance(given, str | Path):
-        return Path(given).expanduser().resolve()
+        return absolute_path("data", given)
     if not isinstance(given, Mapping) or not all(isinstance(one, str | Path) for one in given.values()):
         raise ConfigError("data", given, "a folder, or benchmarks with their files", "Write data: {rte: FILE}.")
     for key in given:
         if key not in FILES:
             raise ConfigError("data", key, f"one of {', '.join(FILES)}", "Check the spelling.")
-    return {key: Path(one).expanduser().resolve() for key, one in given.items()}
+    return {key: absolute_path(f"data.{key}", one) for key, one in given.items()}

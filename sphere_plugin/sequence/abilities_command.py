@@ -13,7 +13,8 @@ import torch
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.evaluation.abilities import LOCAL, Suite
 from sphere_plugin.evaluation.benchmarks import Data
-from sphere_plugin.files import check_writable, find_folders, fingerprint
+from sphere_plugin.files import check_writable, fingerprint
+from sphere_plugin.folders import find_folders
 from sphere_plugin.journaling import run_lock
 from sphere_plugin.journaling.revisit import Revisited, opened
 from sphere_plugin.models import load_model

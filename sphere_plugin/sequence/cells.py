@@ -269,6 +269,8 @@ def _check_grid(grid: Mapping[str, Sequence[Any]]) -> None:
         for value in values:
             if key == "layers" and not (isinstance(value, tuple) and value and all(type(one) is int for one in value)):
                 raise ConfigError("grid.layers", value, "lists of layers", "Write layers: [[4, 5, 6], [6]].")
+            if key != "layers" and not (type(value) is float or (isinstance(value, str) and value.isidentifier())):
+                raise ConfigError(f"grid.{key}", value, "numbers or words", f"Write {key}: [first, second].")
         if len({written(value) for value in values}) < len(values):
             raise ConfigError(f"grid.{key}", list(values), "each value once", "Leave the second one out.")
 

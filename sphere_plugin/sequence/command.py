@@ -12,14 +12,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-import yaml
 from tqdm import tqdm
 
-from sphere_plugin.errors import ConfigError, SphereError
+from sphere_plugin.errors import CacheError, ConfigError, SphereError
 from sphere_plugin.files import read_json
+from sphere_plugin.journaling.revisit import RESTORE
 from sphere_plugin.parallel.environment import log_name
 from sphere_plugin.parallel.joining import joined
 from sphere_plugin.parallel.ranks import Ranks
+from sphere_plugin.parsing import yaml_of
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.compare import COMPARISON, Ended, compare, refuse_used
 from sphere_plugin.sequence.crew import Crew
@@ -152,8 +153,15 @@ def _with(settings: Mapping[str, Mapping[str, Any]], given: list[str]) -> Mappin
             raise ConfigError(
                 "--set", one, "KEY=VALUE or ENTRY.KEY=VALUE", "Write --set memit.mom2_update_weight=200."
             )
-        found.setdefault(entry if dot else "all", {})[name] = yaml.safe_load(value)
+        found.setdefault(entry if dot else "all", {})[name] = _value(one, value)
     return found
+
+
+def _value(given: str, text: str) -> Any:
+    try:
+        return yaml_of(text)
+    except ValueError as error:
+        raise ConfigError("--set", given, f"a value as in a YAML ({error})", "Write --set v_lr=0.5.") from error
 
 
 def _single(settings: RunSettings, out: Path, ranks: Ranks) -> list[Ended]:
@@ -164,11 +172,21 @@ def _single(settings: RunSettings, out: Path, ranks: Ranks) -> list[Ended]:
 
 def _resumed(folder: Path, arguments: argparse.Namespace, ranks: Ranks) -> list[Ended]:
     if (folder / COMPARISON).exists():
-        return _several(RunSettings.from_mapping(read_json(folder / COMPARISON)), folder, arguments, ranks)
+        return _several(_compared(folder / COMPARISON), folder, arguments, ranks)
     entry = read_manifest(folder)["entry"]
     with logged(folder):
         outcome = resume(folder, Bars(hide=frozenset(("aiming",))), not arguments.without_guard, ranks)
     return [Ended(entry, outcome.edits, outcome.stopped)]
+
+
+def _compared(path: Path) -> RunSettings:
+    """The settings a comparison began with."""
+    content = read_json(path, RESTORE)
+    try:
+        return RunSettings.from_mapping(content)
+    except (ConfigError, TypeError) as error:
+        remedy = "Read it with the version of sphere-plugin that wrote it."
+        raise CacheError(str(path), str(error), "the settings of a comparison", remedy) from error
 
 
 def _several(settings: RunSettings, out: Path, arguments: argparse.Namespace, ranks: Ranks) -> list[Ended]:

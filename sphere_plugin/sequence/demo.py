@@ -27,7 +27,7 @@ from sphere_plugin.easyedit.hparams import SphereHyperParams
 from sphere_plugin.easyedit.registration import register
 from sphere_plugin.errors import ConfigError, SphereError
 from sphere_plugin.evaluation import Quality
-from sphere_plugin.files import check_writable, write_json
+from sphere_plugin.files import check_writable, make_folder, write_json
 from sphere_plugin.sequence.entries import absolute
 from sphere_plugin.sequence.run import Checkpoint, SequentialRun, check_schedule
 from sphere_plugin.sequence.workers import workers_environment
@@ -167,7 +167,7 @@ def _next(messages: Any, workers: dict[str, Any], running: set[str], out: Path) 
 def _work(name: str, hparams: SphereHyperParams, demo: Demo, messages: Any) -> None:
     """One run, in its own process."""
     folder = demo.out / _log_name(name).removesuffix(".log")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     os.chdir(folder)  # EasyEdit writes its own log to the working directory
     logging.basicConfig(filename=demo.out / _log_name(name), filemode="w", level=logging.INFO)
     logging.getLogger("easyeditor").setLevel(logging.WARNING)

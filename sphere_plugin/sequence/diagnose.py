@@ -193,7 +193,11 @@ class Diagnosis:
 
     @property
     def _space_due(self) -> bool:
-        return self._hparams.get("base_method") == "AlphaEdit" and not (self.folder / FOLDER / SPACES).exists()
+        if self._hparams.get("base_method") != "AlphaEdit":
+            return False
+        path = self.folder / FOLDER / SPACES
+        told = read_json(path) if path.exists() else None
+        return not isinstance(told, dict) or told.get("format") != FORMAT
 
     def _spaces(self, seen: Revisited, progress: Progress) -> Iterator[dict[str, Any]]:
         """AlphaEdit's null space in every layer; statistics are those of the run, from the cache or counted anew."""

@@ -19,6 +19,9 @@ from sphere_plugin.easyedit.reading import load_any
 from sphere_plugin.easyedit.registration import register
 from sphere_plugin.editing.config import ALPHA_OF
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.files import write_bytes
+from sphere_plugin.parsing import yaml_of
+from sphere_plugin.paths import is_file, is_folder, user_path
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -120,7 +123,7 @@ def _known(changes: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _hosted(method: str, variant: str | None, path: Path, changes: Mapping[str, Any]) -> Any:
-    beside = path.expanduser().resolve().parent.parent / method / path.name
+    beside = user_path(path).resolve().parent.parent / method / path.name
     if not beside.exists():
         remedy = f"Write one for {method}, or leave this entry out."
         raise ConfigError("hparams", str(beside), f"EasyEdit's YAML of {method} for this model", remedy)
@@ -137,14 +140,23 @@ def _hosted(method: str, variant: str | None, path: Path, changes: Mapping[str, 
 
 def _read(path: Path, host: Host) -> Any:
     """The YAML of a method of the host, without what this host does not know."""
-    text = path.read_text(encoding="utf-8")
-    if host.kind == "main" or _OBJECTIVE not in text:
+    content = _mapping(path)
+    if host.kind == "main" or _OBJECTIVE not in content:
         return load_any(path, host)
     _LOG.warning("this EasyEdit has no %s: its FT trains all of a target at the prompt's last token", _OBJECTIVE)
     with tempfile.TemporaryDirectory(prefix="sphere-") as folder:
-        known = {key: value for key, value in yaml.safe_load(text).items() if key != _OBJECTIVE}
-        (Path(folder) / path.name).write_text(yaml.safe_dump(known), encoding="utf-8")
+        known = {key: value for key, value in content.items() if key != _OBJECTIVE}
+        write_bytes(Path(folder) / path.name, yaml.safe_dump(known).encode())
         return load_any(Path(folder) / path.name, host)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """The keys of a YAML; none where `load_any` will say what is wrong with it."""
+    try:
+        content = yaml_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def settings_of(name: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -174,7 +186,7 @@ def absolute(hparams: Any) -> Any:
     """
     for name in ("model_name", "mom2_dataset", "stats_dir"):
         given = getattr(hparams, name, None)
-        path = Path(given or "").expanduser()
-        if given and (path.exists() or name == "stats_dir"):
+        path = user_path(given or "")
+        if given and (is_file(path) or is_folder(path) or name == "stats_dir"):
             setattr(hparams, name, str(path.resolve()))
     return hparams

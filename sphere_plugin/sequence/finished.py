@@ -8,7 +8,7 @@ from typing import Any
 
 from sphere_plugin.data import Record, read_records
 from sphere_plugin.errors import CacheError, ConfigError
-from sphere_plugin.files import find_folders
+from sphere_plugin.folders import find_folders
 from sphere_plugin.sequence.manifest import NAME, data_digest
 from sphere_plugin.sequence.settings import RunSettings
 

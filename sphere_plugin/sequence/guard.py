@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Final, Literal, Self, get_args
 
 from sphere_plugin.editing.config import check_number
-from sphere_plugin.errors import ConfigError
+from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.files import read_json, write_json
+from sphere_plugin.journaling.revisit import RESTORE
 
 Action = Literal["stop", "rollback", "warn"]
+
+FORMAT: Final = 1
+_EVENT: Final = frozenset(("edits", "reason", "action", "left"))
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,22 @@ class Events:
 
     def all(self) -> list[dict[str, Any]]:
         """Each as docs/run-folder.md says, in their order."""
-        return list(read_json(self._path)) if self._path.exists() else []
+        if not self._path.exists():
+            return []
+        told = read_json(self._path, RESTORE)
+        if isinstance(told, dict) and told.get("format") == FORMAT:
+            told = told.get("events")
+        events: list[dict[str, Any]] = told if isinstance(told, list) else [{}]  # a list is what older versions wrote
+        if not all(isinstance(one, dict) and one.keys() >= _EVENT for one in events):
+            raise CacheError(str(self._path), told, f"what a guard did, of format {FORMAT}", RESTORE)
+        return events
 
     def add(self, edits: int, reason: str, action: str, left: int) -> None:
         """Note one; the same one twice, after a stop in between, counts once."""
         told = self.all()
         event = {"edits": edits, "reason": reason, "action": action, "left": left}
         if told[-1:] != [event]:
-            write_json(self._path, [*told, event])
+            write_json(self._path, {"format": FORMAT, "events": [*told, event]})
 
     @property
     def off(self) -> bool:

@@ -19,7 +19,7 @@ import torch
 
 from sphere_plugin._version import __version__
 from sphere_plugin.errors import CacheError
-from sphere_plugin.files import read_json
+from sphere_plugin.journaling import revisit
 from sphere_plugin.journaling.disk import plain
 from sphere_plugin.restraints import PruneConfig, RectConfig
 from sphere_plugin.sequence.entries import label
@@ -27,9 +27,10 @@ from sphere_plugin.sequence.settings import RunSettings
 
 _LOG = logging.getLogger("sphere_plugin")
 
-FORMAT: Final = 1
 _DEFAULTS: Final = MappingProxyType({"master_copy": False, "stats_device": None, "bf16": False})
 NAME: Final = "manifest.json"
+# What a run is continued with, and the keys in it.
+_PARTS: Final = MappingProxyType({"settings": (), "method": ("hparams",), "data": ("sha256",), "model": ("weights",)})
 
 
 def manifest_of(
@@ -55,7 +56,7 @@ def manifest_of(
     given = {**vars(hparams), "model_name": Path(model).name}
     blocks = {key: dataclasses.asdict(one) for key, one in given.items() if isinstance(one, RectConfig | PruneConfig)}
     content = {
-        "format": FORMAT,
+        "format": revisit.FORMAT,
         "entry": settings.entries[0],
         "label": label(settings.entries[0]),
         "method": {"alg_name": hparams.alg_name, "hparams": given | blocks},
@@ -104,16 +105,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the run in ``folder``.
 
     Raises:
-        CacheError: there is none, or it is of another format.
+        CacheError: there is none, it is of another format, or a part is missing that a run is continued with.
     """
     path = folder / NAME
     if not path.exists():
         raise CacheError(str(folder), "no manifest", "the folder of a run", "Give the folder that --out named.")
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        remedy = "Read it with the version of sphere-plugin that wrote it."
-        raise CacheError(str(path), got, f"a manifest of format {FORMAT}", remedy)
+    content = revisit.read_manifest(path)
+    for part, keys in _PARTS.items():
+        inside = content.get(part)
+        if not isinstance(inside, Mapping) or not all(key in inside for key in keys):
+            expected = f"an object with {', '.join(keys)}" if keys else "an object"
+            raise CacheError(f"{path}: {part}", inside, expected, revisit.RESTORE)
+    if not isinstance(content["method"]["hparams"], Mapping):
+        raise CacheError(f"{path}: method.hparams", content["method"]["hparams"], "an object", revisit.RESTORE)
+    for part, kind in (("entry", str), ("contexts", list)):
+        if not isinstance(content.get(part), kind):
+            raise CacheError(f"{path}: {part}", content.get(part), f"a {kind.__name__}", revisit.RESTORE)
     return content
 
 

@@ -16,11 +16,11 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from sphere_plugin.data import Record, read_records
-from sphere_plugin.errors import ConfigError
+from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.evaluation import Quality
 from sphere_plugin.files import fingerprint, read_json, read_tensors, write_json, write_tensors
 from sphere_plugin.journaling import Journal, run_lock
-from sphere_plugin.journaling.disk import plain
+from sphere_plugin.journaling.disk import move, plain
 from sphere_plugin.journaling.store import orientations
 from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.sequence.crew import Crew
@@ -38,6 +38,7 @@ _LOG = logging.getLogger("sphere_plugin")
 
 CASES: Final = 3  # prompts that are written on at every checkpoint
 CASE_TOKENS: Final = 40
+_MEMORY: Final = "1"  # format of what restraints remember
 
 # Called with (what, done now, of how many in all).
 Progress = Callable[[str, int, int], None]
@@ -226,16 +227,20 @@ class Run:
 
     def _keep(self, number: int, memory: Mapping[str, Tensor]) -> None:
         if memory:
-            write_tensors(self._memory(number), memory, {"format": "1"})
+            write_tensors(self._memory(number), memory, {"format": _MEMORY})
 
     def _drop(self, number: int) -> None:
-        self._memory(number).unlink(missing_ok=True)
+        move(self._memory(number), None)
 
     def _recalled(self, number: int) -> dict[str, Tensor]:
         path = self._memory(number)
         if path.exists():
-            return read_tensors(path)[0]
-        if number and any((self.folder / "memory").glob("*.safetensors")):
+            remedy = "Put a copy of the file back, or delete it: spaces are then found anew, and last digits differ."
+            tensors, about = read_tensors(path, remedy)
+            if about.get("format") != _MEMORY:
+                raise CacheError(str(path), about.get("format"), f"what a run remembers, of format {_MEMORY}", remedy)
+            return tensors
+        if number and path.parent.is_dir():
             _LOG.warning("spaces are found anew after undoing: what follows differs in its last digits")
         return {}
 
@@ -259,10 +264,9 @@ class Run:
         scores = self.crew.score(asked, which, fluency)
         cases = range(min(CASES, len(self.records)))
         texts = self.crew.texts(cases, CASE_TOKENS)
-        records = [self.journal.record(batch) for batch in range(1, number + 1)]
         return {
             "edits": edits,
-            "seconds": sum(float(record["seconds"]) for record in records),
+            "seconds": sum(float(self.journal.record(batch)["seconds"]) for batch in range(1, number + 1)),
             "scored": list(scores.scored),
             "scores": {**scores.columns(), "nll": scores.nll},
             "energy": {name: one["energy"] for name, one in self.crew.energies().items()},

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import yaml
-
 from sphere_plugin.editing.config import check_flag, check_number, check_text
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.parsing import yaml_of
+from sphere_plugin.paths import absolute_path, is_folder, user_path
 from sphere_plugin.sequence.abilities import AbilityPlan
 from sphere_plugin.sequence.entries import HOSTED, check_settings, parse, split
 from sphere_plugin.sequence.guard import Guard
@@ -124,8 +124,8 @@ class RunSettings:
             ConfigError: the file cannot be read, or is no mapping.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = yaml_of(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ConfigError("run", str(path), f"a YAML file that can be read ({error})", "Check it.") from error
         if not isinstance(content, dict):
             raise ConfigError("run", str(path), "a YAML mapping of settings", "docs/run.md has an example.")
@@ -138,6 +138,8 @@ class RunSettings:
         Raises:
             ConfigError: an unknown key, or a value out of its range.
         """
+        if not isinstance(content, Mapping):
+            raise ConfigError("run", content, "keys and values", "docs/run.md has an example.")
         values = dict(content)
         names = [one.name for one in dataclasses.fields(cls)]
         for key in values:
@@ -150,8 +152,8 @@ class RunSettings:
         values["checkpoints"] = _numbers(values.get("checkpoints") or ())
         for key in ("hparams", "data", "text"):
             values[key] = _path(key, values.get(key))
-        if isinstance(values.get("model"), str) and Path(values["model"]).expanduser().is_dir():
-            values["model"] = str(Path(values["model"]).expanduser().resolve())
+        if isinstance(values.get("model"), str) and is_folder(user_path(values["model"])):
+            values["model"] = str(user_path(values["model"]).resolve())
         if isinstance(values.get("guard"), Mapping):
             values["guard"] = Guard.from_mapping(values["guard"])
         if isinstance(values.get("abilities"), Mapping):
@@ -168,9 +170,7 @@ def _entries(given: Any) -> tuple[str, ...]:
 
 
 def _path(key: str, given: Any) -> Path | None:
-    if given is not None and not isinstance(given, str | Path):
-        raise ConfigError(key, given, "the path of a file", "Check it.")
-    return None if given is None else Path(given).expanduser().resolve()
+    return None if given is None else absolute_path(key, given)
 
 
 def _numbers(given: Any) -> tuple[int, ...]:

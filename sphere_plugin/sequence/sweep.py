@@ -12,9 +12,10 @@ from tqdm import tqdm
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.files import read_json, write_json
+from sphere_plugin.journaling.revisit import RESTORE
 from sphere_plugin.progress import Bars
 from sphere_plugin.report.page import NUMBERS, check_libraries, write_report
-from sphere_plugin.report.sweep import FILE
+from sphere_plugin.report.sweep import FILE, FORMAT
 from sphere_plugin.sequence.cells import SweepSettings, described
 from sphere_plugin.sequence.compare import Ended, Task, refuse_used, run_all
 from sphere_plugin.sequence.entries import label
@@ -60,8 +61,10 @@ def taken_up(folder: Path) -> SweepSettings:
     """
     if not (folder / FILE).exists():
         raise CacheError(str(folder), f"no {FILE}", "the folder of a sweep", "Give the folder that --out named.")
-    content = read_json(folder / FILE)
+    content = read_json(folder / FILE, RESTORE)
     try:
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}")
         sweep, then = SweepSettings.from_mapping(content["settings"]), dict(content["made_of"])
     except (KeyError, TypeError, ValueError) as error:
         remedy = "Restore the file, or begin a new sweep."

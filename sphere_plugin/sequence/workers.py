@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Final
 
 from sphere_plugin.errors import SphereError
+from sphere_plugin.files import make_folder
 
 LOG: Final = "run.log"
 
 
 class _Log(logging.FileHandler):
-    """A log whose disk may be full: what ends a run is told elsewhere as well."""
+    """A log that may have no place, or a full disk: what ends a run is told elsewhere as well."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or leave it out where the file cannot be opened."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 (the name is logging's)
         """Leave the line out."""
@@ -30,7 +36,7 @@ class _Log(logging.FileHandler):
 @contextmanager
 def logged(folder: Path, name: str = LOG) -> Iterator[None]:
     """Add what this package logs in the block to ``folder/run.log``, or another file there, and what ends it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     handler = _Log(folder / name, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("sphere_plugin")
