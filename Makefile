@@ -8,7 +8,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= -1
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TOP_PAD_ ?= 67108864
 
-.PHONY: setup demo test test-slow test-browser lint bench clean
+.PHONY: setup demo test test-slow test-browser nightly fuzz reliability lint docs audit-dependencies bench clean
 
 setup: $(VENV)/.ready
 
@@ -25,8 +25,10 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/sphere demo
 
+# A file's tests stay in one process, which has its fixtures; PROCESSES=0 runs all of them in one.
+PROCESSES ?= 2
 test: setup lint
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n $(PROCESSES) --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -35,10 +37,40 @@ test-slow: setup
 test-browser: setup
 	$(BIN)/python -m pytest tests/test_report_browser.py
 
+# Ten times the generated inputs of `make test`, 10,000 and more; docs/reliability.md counts them.
+nightly: setup
+	mkdir -p runs/reliability
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_generated_*.py --hypothesis-profile nightly \
+		--junitxml runs/reliability/inputs.xml
+
+# Coverage-guided, each kind of file so many times; atheris has wheels for Linux only.
+FUZZ_RUNS ?= 20000
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	for kind in yaml json tensors; do $(BIN)/python fuzz/readers.py $$kind -runs=$(FUZZ_RUNS) || exit 1; done
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What docs/reliability.md counts, tested anew and written there.
+KILLS := tests/test_journal_store.py tests/test_sequence_resume.py tests/test_sequence_sweep.py tests/test_sequence_compare.py
+reliability: nightly
+	$(BIN)/python -m pytest tests/test_faults.py $(KILLS) tests/test_threads.py tests/test_load.py \
+		--junitxml runs/reliability/rest.xml
+	$(BIN)/python tools/reliability.py runs/reliability/*.xml --commit $$(git rev-parse --short HEAD)
+
+# The pages of docs/ as a site in build/site, and every block of code on them run, parsed or read.
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m pytest -m 'not slow' tests/test_docs.py
+
+# Needs a network: exit code 2 says that nobody could be asked.
+audit-dependencies: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-audit
+	$(BIN)/python tools/audit_dependencies.py
 
 bench: setup
 	mkdir -p runs/bench

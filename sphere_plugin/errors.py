@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class SphereError(Exception):
     """Base of every error this package raises on purpose.
 
     Args:
         culprit: what is wrong, in the user's words ("eta", "requests[3].subject", a file's path).
-        got: its value; shown with ``repr`` unless it is already a sentence fragment.
+        got: its value; shown with ``repr``, of a huge one the beginning.
         expected: what would have been right.
         remedy: what to do next, a full sentence.
     """
@@ -18,11 +20,32 @@ class SphereError(Exception):
         self.got = got
         self.expected = expected
         self.remedy = remedy
-        super().__init__(f"{culprit}: got {got!r}, expected {expected}. {remedy}")
+        super().__init__(f"{culprit}: got {_Short().repr(got)}, expected {expected}. {remedy}")
 
     def __reduce__(self) -> tuple[type[SphereError], tuple[str, object, str, str]]:
         """From process to process."""
         return type(self), (self.culprit, self.got, self.expected, self.remedy)
+
+
+class _Short(reprlib.Repr):
+    """``repr`` of what anybody may have written: never long, and never an error itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 40
+        self.maxstring = self.maxother = 1000
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python itself refuses to write some."""
+        return repr(x) if x.bit_length() <= 1000 else f"a whole number of {x.bit_length()} bits"
+
+    def repr_dict(self, x: dict[object, object], level: int) -> str:
+        """In its own order."""
+        if level <= 0 and x:
+            return "{...}"
+        shown = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in list(x)[: self.maxdict]]
+        return "{" + ", ".join([*shown, *(["..."] if len(x) > self.maxdict else [])]) + "}"
 
 
 class ConfigError(SphereError, ValueError):

@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from pico import pico
 
 from sphere_plugin.editing import EditingConfig, Editor
 
 # Pico models are too small for a second thread to help; on a busy machine it does harm.
 torch.set_num_threads(1)
+
+# How many inputs the tests of generated.py make: `make test` some, `make nightly` ten times as many.
+settings.register_profile("default", deadline=None)
+settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
 
 TEMPLATES = {
     "llama": ("model.layers.{}", "mlp.down_proj", "model.norm"),

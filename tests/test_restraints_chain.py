@@ -14,6 +14,7 @@ from sphere_plugin.restraints.prune import PruneConfig, prune_view
 from sphere_plugin.restraints.rect import RectConfig, removed_share
 
 PAGE = Path(__file__).parents[1] / "docs" / "restraints.md"
+TUTORIAL = PAGE.parent / "tutorials" / "restraint.md"
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -119,14 +120,19 @@ def test_the_page_runs_from_top_to_bottom():
         exec(compile(block, str(PAGE), "exec"), names)
     assert 0.0 < names["result"].removed_share < 1.0 and names["result"].rank > 0
     assert names["view"].shape == (64, 128)
+
+
+def test_the_tutorial_s_restraint_caps():
+    example = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(encoding="utf-8"), re.DOTALL)[0]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    names = {}
+    exec(compile(example, str(TUTORIAL), "exec"), names)
     cap, weight, delta = names["NormCap"], normal(8, 9), normal(8, 9, seed=1)
     capped = cap(0.05).bind(weight)(weight, delta)
     assert float(capped.delta.norm()) == pytest.approx(0.05 * float(weight.norm()), rel=1e-5)
     assert capped.removed_share == pytest.approx(removed_share(delta, capped.delta), abs=1e-6)
     chained = Chain((cap(0.05), SphereConfig())).bind(weight)(weight, delta)
     assert float(chained.delta.norm()) <= float(capped.delta.norm())
-    example = next(block for block in blocks if "NormCap" in block)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 15
 
 
 def test_the_page_names_every_default_as_the_code_has_it():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from sphere_plugin.editing.requests import read_request
 from sphere_plugin.errors import RequestError
+from sphere_plugin.parsing import is_whole, json_of
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -78,7 +78,7 @@ def read_records(path: Path | None = None, limit: int | None = None, order: int 
     where = "facts.json" if path is None else str(path)
     source = files("sphere_plugin.data").joinpath("facts.json") if path is None else path
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
+        content = json_of(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError("data", where, f"a file that can be read ({error.strerror})", _FORMATS) from error
     except ValueError as error:
@@ -136,13 +136,17 @@ def _record(raw: object, where: str) -> Record:
         raise RequestError(where, raw, "a record", _FORMATS)
     reader = _reader(raw, where)
     try:
-        record = reader(raw)
-        return replace(
-            record,
+        record = replace(
+            reader(raw),
             generation_prompts=_texts(raw.get("generation_prompts")),
             reference_texts=_texts(raw.get("reference_texts")),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+        for value in vars(record).values():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and not is_whole(text):
+                    raise TypeError(f"half a character in {text!r:.60}")
+        return record
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(where, raw, f"all fields of its schema ({error!r})", _FORMATS) from error
     except RequestError as error:
         raise RequestError(f"{where}.{error.culprit}", error.got, error.expected, error.remedy) from error
@@ -165,7 +169,7 @@ def _counterfact(raw: Mapping[str, Any]) -> Record:
     true = _first(rewrite.get("target_true"))
     neighbours = _texts(raw.get("neighborhood_prompts"))
     return Record(
-        prompt=rewrite["prompt"].replace("{}", rewrite["subject"]),
+        prompt=_filled(rewrite["prompt"], rewrite["subject"]),
         subject=rewrite["subject"],
         target_new=rewrite["target_new"]["str"],
         paraphrases=_texts(raw.get("paraphrase_prompts")),
@@ -179,7 +183,7 @@ def _counterfact(raw: Mapping[str, Any]) -> Record:
 def _zsre(raw: Mapping[str, Any]) -> Record:
     neighbours = _some(raw.get("loc"))
     return Record(
-        prompt=raw["src"],
+        prompt=_filled(raw["src"], raw["subject"]),
         subject=raw["subject"],
         target_new=raw["alt"],
         paraphrases=_some(raw.get("rephrase")),
@@ -195,7 +199,7 @@ def _flat(raw: Mapping[str, Any]) -> Record:
     around = [(prompt, _first(raw.get("locality_ground_truth"))) for prompt in _some(raw.get("locality_prompt"))]
     around += [(item["prompt"], _first(item.get("ground_truth"))) for group in groups for item in group or ()]
     return Record(
-        prompt=raw["prompt"],
+        prompt=_filled(raw["prompt"], raw["subject"] or ""),
         subject=raw["subject"] or "",
         target_new=raw["target_new"],
         paraphrases=_some(raw.get("rephrase_prompt")),
@@ -203,6 +207,11 @@ def _flat(raw: Mapping[str, Any]) -> Record:
         target_true=_first(raw.get("ground_truth")),
         neighbour_targets=_known(tuple(truth for _, truth in around)),
     )
+
+
+def _filled(prompt: str, subject: str) -> str:
+    """The prompt with the subject in the place that is left for it."""
+    return prompt.replace("{}", subject) if subject else prompt
 
 
 def _some(text: object) -> tuple[str, ...]:

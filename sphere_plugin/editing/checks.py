@@ -13,7 +13,7 @@ from sphere_plugin.editing.aim import Aimed
 from sphere_plugin.editing.locate import Locator
 from sphere_plugin.editing.requests import Fact
 from sphere_plugin.errors import ConfigError, ModelError, RequestError
-from sphere_plugin.models.forward import longest_text
+from sphere_plugin.models.forward import longest_text, most_tokens
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -26,6 +26,14 @@ def check_tokens(facts: Sequence[Fact], locator: Locator, model: nn.Module) -> N
         except RequestError as error:
             where = f"requests[{number}].{error.culprit}"
             raise RequestError(where, error.got, error.expected, error.remedy) from None
+        unknown = max((*sentence.ids, *sentence.targets)) - most_tokens(model)
+        if unknown >= 0:
+            raise RequestError(
+                f"requests[{number}].prompt",
+                f"token {unknown + most_tokens(model)}",
+                f"tokens below {most_tokens(model)}: the model has {most_tokens(model)}",
+                "Use the tokenizer of this model, or resize the model's embeddings to it.",
+            )
         longest = longest_text(model, len(sentence.ids))
         if len(sentence.ids) > longest:
             raise RequestError(

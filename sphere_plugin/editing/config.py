@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.parsing import is_whole
 from sphere_plugin.restraints import Chain, PruneConfig, RectConfig, Restraint, SphereConfig
 from sphere_plugin.restraints.controls import Control, ControlConfig
 from sphere_plugin.restraints.sphere import Basis
@@ -188,8 +189,12 @@ def _check_restraint(name: str, value: object, kind: type) -> None:
 
 
 def check_number(name: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
-    """Raise ConfigError unless ``value`` is a finite number of at least, or above, ``least``."""
-    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Raise ConfigError unless ``value`` is a finite number of at least, or above, ``least``.
+
+    A whole one has to fit into 64 bits, as seeds and sizes must.
+    """
+    most = 2**63 - 1 if whole else sys.float_info.max  # which Python compares without rounding
+    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and value <= most
     if not good or value < least or (above and value == least):
         kind = "a whole number" if whole else "a number"
         bound = "above" if above else "of at least"
@@ -200,6 +205,8 @@ def check_text(name: str, value: object) -> None:
     """Raise ConfigError unless ``value`` is a text with something in it."""
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(name, value, "a text that is not empty", "See docs/hparams.md for what it names.")
+    if "\0" in value or not is_whole(value):
+        raise ConfigError(name, value, "whole characters, and none of number 0", "Type it anew.")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -223,7 +230,11 @@ def _check_layers(layers: object) -> None:
 
 def _check_templates(rewrite: str, layer: str) -> None:
     for name, template in (("rewrite_module_tmp", rewrite), ("layer_module_tmp", layer)):
-        if not isinstance(template, str) or template.count("{}") != 1:
+        if (
+            not isinstance(template, str)
+            or [one for one in template if one in "{}"] != ["{", "}"]
+            or "{}" not in template
+        ):
             raise ConfigError(
                 name, template, "a module path with one {} for the layer number", 'For LLaMA: "model.layers.{}".'
             )

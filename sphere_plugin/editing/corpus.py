@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,8 @@ from torch import nn
 
 from sphere_plugin.editing.contexts import write_texts
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.parsing import json_of
+from sphere_plugin.paths import is_file, user_path
 
 GENERATED = "generated"
 # Statistics that EasyEdit has counted already, one file for each layer, with {} for its number in the name.
@@ -31,7 +32,7 @@ _REMEDY = "Give a text file, or mom2_dataset: generated, which needs nothing: th
 
 def check_source(source: str) -> None:
     """Raise ConfigError if ``source`` looks like a file that is not there."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if source.endswith(COUNTED):
         if "{}" not in source:
             remedy = 'Write ".../model.layers.{}.mlp.down_proj_float32_mom2_100000.npz".'
@@ -39,7 +40,7 @@ def check_source(source: str) -> None:
         return
     if (
         source != GENERATED
-        and not path.is_file()
+        and not is_file(path)
         and (path.suffix in (".txt", ".json", ".jsonl") or path.is_absolute())
     ):
         raise ConfigError("mom2_dataset", source, "a text file that exists", _REMEDY)
@@ -70,8 +71,8 @@ def read_corpus(
     check_source(source)
     if source == GENERATED:
         return write_texts(model, tokenizer, number, GENERATED_TOKENS, seed, progress=progress)
-    path = Path(source).expanduser()
-    texts = list(islice(_of_file(path) if path.is_file() else _of_dataset(source), number))
+    path = user_path(source)
+    texts = list(islice(_of_file(path) if is_file(path) else _of_dataset(source), number))
     if not texts:
         raise ConfigError("mom2_dataset", source, "a source with text in it", _REMEDY)
     return texts
@@ -81,12 +82,12 @@ def _of_file(path: Path) -> Iterator[str]:
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            records = json.loads(content)
+            records = json_of(content)
         elif path.suffix == ".jsonl":
-            records = [json.loads(line) for line in content.splitlines() if line]
+            records = [json_of(line) for line in content.split("\n") if line.strip()]
         else:
             records = [part for part in content.split("\n\n") if part.strip()]
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (OSError, ValueError) as error:  # not readable, not UTF-8, or not JSON
         raise ConfigError("mom2_dataset", str(path), f"UTF-8 text, or JSON ({error})", _REMEDY) from error
     if not isinstance(records, list):
         raise ConfigError("mom2_dataset", str(path), "a JSON list of texts or records", _REMEDY)

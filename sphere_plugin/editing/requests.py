@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sphere_plugin.errors import RequestError
+from sphere_plugin.parsing import is_whole
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def read_requests(requests: Sequence[Mapping[str, Any]]) -> list[Fact]:
     Raises:
         RequestError: names the request, the field and its value.
     """
-    if isinstance(requests, Mapping | str):
+    if isinstance(requests, Mapping | str) or not isinstance(requests, Sequence):
         raise RequestError("requests", requests, "a list of requests", "Write [request] for a single one.")
     if len(requests) == 0:
         raise RequestError("requests", list(requests), "at least one fact", "Pass the facts to edit.")
@@ -73,4 +74,6 @@ def read_request(request: Mapping[str, Any], where: str) -> Fact:
 def _text(value: object, where: str, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise RequestError(where, value, f"{what}, a non-empty string", "Fill it in or leave the fact out.")
+    if not is_whole(value):
+        raise RequestError(where, value, f"{what}, without halves of characters", "Type it anew.")
     return value

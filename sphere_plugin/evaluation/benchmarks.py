@@ -7,13 +7,14 @@ this package.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 from sphere_plugin.errors import ConfigError, RequestError
+from sphere_plugin.parsing import json_of
+from sphere_plugin.paths import is_file, user_path
 
 # Benchmark -> its file in a folder of all four.
 FILES: Final = MappingProxyType(
@@ -48,8 +49,8 @@ def file_of(data: Data | None, benchmark: str) -> Path:
     if path is None:
         remedy = f"Give a folder that has {FILES[benchmark]}, or {benchmark}=FILE; hub: before a name asks a hub."
         raise ConfigError("--data", "nothing", f"the file of {benchmark}", remedy)
-    path = Path(path).expanduser()
-    if not path.is_file():
+    path = user_path(path)
+    if not is_file(path):
         remedy = f"Give a folder that has {FILES[benchmark]}, or {benchmark}=FILE."
         raise ConfigError("--data", str(path), f"the file of {benchmark}", remedy)
     return path
@@ -125,7 +126,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if not line.strip():
             continue
         try:
-            raw = json.loads(line)
+            raw = json_of(line)
         except ValueError as error:
             raise _wrong(f"{path}, line {number}", line[:60], f"a JSON object ({error})") from error
         if not isinstance(raw, dict):

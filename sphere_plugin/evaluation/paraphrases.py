@@ -18,6 +18,8 @@ from typing import Any, Final
 
 from sphere_plugin.data import Record
 from sphere_plugin.errors import RequestError
+from sphere_plugin.parsing import json_of
+from sphere_plugin.paths import user_path
 
 LEVELS: Final = 6
 TEMPLATES: Final = "templates"
@@ -117,7 +119,7 @@ def read_paraphrases(path: Path) -> Mapping[str, tuple[str, ...]]:
         RequestError: see `source_of`.
     """
     try:
-        content = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        content = json_of(user_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         expected = f"{TEMPLATES}, {RECORD}, or a file that can be read ({error.strerror})"
         raise RequestError("--paraphrases", str(path), expected, _FORM) from error

@@ -35,6 +35,11 @@ class Ask:
     ids: Ids
     targets: tuple[Ids, ...] = ()
 
+    @property
+    def length(self) -> int:
+        """Tokens that are read: of the prompt and of its longest target but the last."""
+        return len(self.ids) + max((len(target) - 1 for target in self.targets), default=0)
+
 
 @dataclass(frozen=True)
 class Told:
@@ -78,7 +83,7 @@ def predict(
     for ask in asks:
         wanted.setdefault(ask.ids, {}).update(dict.fromkeys(ask.targets))
     asked = Counter(ask.ids for ask in asks)
-    rows = sorted((Ask(ids, tuple(targets)) for ids, targets in wanted.items()), key=_length)
+    rows = sorted((Ask(ids, tuple(targets)) for ids, targets in wanted.items()), key=lambda row: row.length)
     answers: dict[Ids, tuple[int, dict[Ids, Told]]] = {}
 
     def told(done: Sequence[Ask]) -> None:
@@ -86,14 +91,10 @@ def predict(
             progress(sum(asked[row.ids] for row in done))
 
     for row, answered in ranks.through(
-        "answers", rows, _length, batch_tokens, lambda piece: _answer(decoder, piece), told
+        "answers", rows, lambda row: row.length, batch_tokens, lambda piece: _answer(decoder, piece), told
     ):
         answers[row.ids] = answered
     return [Said(answers[ask.ids][0], tuple(answers[ask.ids][1][target] for target in ask.targets)) for ask in asks]
-
-
-def _length(ask: Ask) -> int:
-    return len(ask.ids) + max((len(target) - 1 for target in ask.targets), default=0)
 
 
 def _answer(decoder: Decoder, rows: Sequence[Ask]) -> list[tuple[int, dict[Ids, Told]]]:

@@ -14,14 +14,16 @@ from torch import nn
 
 from sphere_plugin.data import Record
 from sphere_plugin.editing.locate import continuation
-from sphere_plugin.errors import ConfigError
+from sphere_plugin.errors import ConfigError, RequestError
 from sphere_plugin.evaluation.consistency import Consistency
 from sphere_plugin.evaluation.decoder import Decoder
 from sphere_plugin.evaluation.generation import LENGTH, Start, ngram_entropy, words, write
 from sphere_plugin.evaluation.perplexity import mean_nll, windows
 from sphere_plugin.evaluation.predict import Ask, Said, predict
 from sphere_plugin.evaluation.scores import METRICS, Scores
+from sphere_plugin.models.forward import most_positions, most_tokens
 from sphere_plugin.parallel.ranks import ALONE, Ranks
+from sphere_plugin.parsing import is_whole
 
 Progress = Callable[[int], None]
 Numbers = dict[str, float | None]
@@ -42,7 +44,7 @@ class Quality:
             the same arguments; scores are the same for any number of them.
 
     Raises:
-        RequestError: the held-out text is too short, or a target has no tokens.
+        RequestError: the held-out text is too short, a prompt or a target has no tokens, or more than the model takes.
         HostError: records have reference texts, and scikit-learn is missing.
     """
 
@@ -160,8 +162,22 @@ class Quality:
 
     def _ask(self, prompt: str, *targets: str) -> Ask:
         prompt = prompt.rstrip()
+        for text in (prompt, *targets):
+            if not is_whole(text):
+                raise RequestError("a prompt or target", text, "a text without halves of characters", "Type it anew.")
         spaced = [target if target.startswith(" ") else f" {target}" for target in targets if target.strip()]
-        return Ask(self._ids(prompt), tuple(continuation(self.tokenizer, prompt, target) for target in spaced))
+        ask = Ask(self._ids(prompt), tuple(continuation(self.tokenizer, prompt, target) for target in spaced))
+        length, most = ask.length, most_positions(self.model)
+        if not ask.ids or (most is not None and length > most):
+            expected = "one token or more" if most is None else f"1 to {most} tokens, which is what the model takes"
+            remedy = "Change it, or leave its record out."
+            raise RequestError(f"the prompt {prompt!r:.80}", f"{length} tokens with its target", expected, remedy)
+        last, known = max(token for ids in (ask.ids, *ask.targets) for token in ids), most_tokens(self.model)
+        if last >= known:
+            remedy = "Use the tokenizer of this model, or resize the model's embeddings to it."
+            expected = f"tokens below {known}: the model has {known}"
+            raise RequestError(f"the prompt {prompt!r:.80}", f"token {last}", expected, remedy)
+        return ask
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text)["input_ids"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from numbers import Real
 from typing import TypeGuard
 
@@ -40,7 +40,7 @@ def check_alpha(alpha: float) -> None:
 
 def check_order(s: float) -> None:
     """Raises ConfigError unless ``s`` is a finite number that is not negative."""
-    if not (_is_number(s) and 0.0 <= s < math.inf):
+    if not (_is_number(s) and 0.0 <= s <= sys.float_info.max):  # Python compares without rounding
         raise ConfigError("s", s, "a finite number >= 0", "Use 1 for the Riesz energy, 0 for the logarithmic one.")
 
 

@@ -7,6 +7,7 @@ between unit vectors, except in `delta_he`, which follows the paper's proof and 
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from sphere_plugin.errors import ModelError
 from sphere_plugin.geometry.checks import check_order, check_same_shape, check_weight
 from sphere_plugin.geometry.pairs import pair_blocks, pair_sum, riesz
+
+SHORTEST: Final = 1e-140  # of a row whose squared entries are good to all digits
 
 
 def hyperspherical_energy(weight: Tensor, s: float = 1.0, chunk: int | None = None) -> float:
@@ -30,11 +33,17 @@ def hyperspherical_energy(weight: Tensor, s: float = 1.0, chunk: int | None = No
     Raises:
         ConfigError: s is negative or not finite, or chunk is not a positive whole number.
         ModelError: the weight is not a finite matrix; a row is zero and has no direction; two rows have the same
-            direction, so that the energy is infinite for every s (nearer than 1e-12: see `geometry.pairs`).
+            direction, so that the energy is infinite for every s (nearer than 1e-12: see `geometry.pairs`); s is so
+            large that no float holds the energy.
     """
     check_order(s)
     check_weight(weight)
-    return pair_sum(unit_rows(weight), riesz(s), chunk)
+    energy = pair_sum(unit_rows(weight), riesz(float(s)), chunk)
+    if not math.isfinite(energy):
+        raise ModelError(
+            f"the energy of order {float(s):g}", energy, "a number that a float holds", "Take a smaller order s."
+        )
+    return energy
 
 
 def energy_change(before: Tensor, after: Tensor, s: float = 1.0, chunk: int | None = None) -> float:
@@ -97,6 +106,9 @@ def unit_rows(weight: Tensor) -> Tensor:
     """
     rows = weight.detach().double()
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)  # [d_out, 1]
+    if not SHORTEST < float(norms.min()) <= float(norms.max()) < math.inf:  # squares of entries vanish, or overflow
+        rows = rows / rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     zero = (norms == 0).flatten().nonzero()
     if zero.numel():
         raise ModelError(

@@ -21,7 +21,7 @@ class Factors:
         right: B, [d_in, u], of the same dtype and on the same device.
 
     Raises:
-        ModelError: a factor is not a floating point matrix, or their numbers of columns differ.
+        ModelError: a factor is not a floating point matrix, or their numbers of columns, dtypes or devices differ.
     """
 
     left: Tensor
@@ -34,6 +34,10 @@ class Factors:
             shapes = f"{tuple(self.left.shape)} and {tuple(self.right.shape)}"
             remedy = "Pass [d_out, u] and [d_in, u], one column of each per fact."
             raise ModelError("factors' shapes", shapes, "the same number of columns", remedy)
+        kinds = [(one.dtype, one.device) for one in (self.left, self.right)]
+        if kinds[0] != kinds[1]:
+            got = " and ".join(f"{dtype} on {device}" for dtype, device in kinds)
+            raise ModelError("factors", got, "one dtype and one device", "Bring both there with .to() before.")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sphere_plugin.errors import ModelError
-from sphere_plugin.geometry.checks import check_alpha, check_eta, check_matrix, check_weight
+from sphere_plugin.geometry.checks import all_finite, check_alpha, check_eta, check_matrix, check_weight
 from sphere_plugin.geometry.factors import Factors
 
 ROW_EPSILON: Final = 1e-8  # added to row norms, as both official codes do
@@ -105,7 +105,7 @@ class PrincipalSpace:
         count, wide = weight.shape[0], weight.shape[0] < weight.shape[1]
         # Ŵ is let go for as long as the decomposition takes, and made anew for the space to keep.
         values, vectors = spectrum(_gram_of(weight, row_normalize), count)
-        rank = principal_rank(values, eta)
+        rank = principal_rank(values, float(eta))
         kept, vectors = values[:rank].to(vectors.dtype), vectors[:, :rank].contiguous()
         total = float(values.sum())
         if wide:
@@ -141,9 +141,11 @@ class PrincipalSpace:
             wide = self._widened(rows)
             inside = self._inside(wide)
             if self._rows is None:
-                projected = torch.addmm(wide, inside, self._factor.T.to(wide), alpha=-alpha)
+                projected = torch.addmm(wide, inside, self._factor.T.to(wide), alpha=-float(alpha))
             else:
-                projected = torch.addmm(wide, inside @ self._factor.T.to(wide), self._rows.to(wide), alpha=-alpha)
+                projected = torch.addmm(
+                    wide, inside @ self._factor.T.to(wide), self._rows.to(wide), alpha=-float(alpha)
+                )
             projected = projected.to(rows.dtype)
         return Factors(delta.left, projected.T) if isinstance(delta, Factors) else projected
 
@@ -209,8 +211,16 @@ class PrincipalSpace:
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """Returns what rows [n, d] are divided by to bring them to unit length, [n, 1]; never zero."""
+    """Returns what rows [n, d] are divided by to bring them to unit length, [n, 1]; never zero.
+
+    Raises:
+        ModelError: a row is too long to square, and would come out as zero.
+    """
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if not all_finite(norms):
+        row = int(norms.argmax())
+        remedy = "An earlier edit or the checkpoint is broken; load the weight anew, or convert it to float64."
+        raise ModelError(f"the length of row {row} of the weight", float(norms[row]), "a finite number", remedy)
     return norms + ROW_EPSILON
 
 

@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 
 from sphere_plugin.errors import ConfigError, ModelError
-from sphere_plugin.geometry.checks import check_weight
+from sphere_plugin.geometry.checks import all_finite, check_weight
 from sphere_plugin.restraints.protocol import BoundRestraint, Restrained, removed_share
 from sphere_plugin.restraints.rect import check_update
 
 GRAM_BLOCK: Final = 2048  # columns turned into float64 at a time
+SMALLEST_SQUARE: Final = 1e-280  # below it squares lose digits
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,14 @@ def largest_singular_value(matrix: Tensor) -> float:
     """Returns the largest singular value of a matrix [d_out, d_in], to a relative error far below 1e-6.
 
     The square root of the largest eigenvalue of the float64 Gram matrix of the smaller side.
+
+    Raises:
+        ModelError: its entries are too small or too large to square.
     """
-    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(_gram(matrix.detach()))[-1])))
+    gram = _gram(matrix.detach())
+    if float(gram.diagonal().sum()) < SMALLEST_SQUARE and bool(matrix.any()):
+        raise _unsquared(gram)
+    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
 
 
 def _correction(total: Tensor, limit: float, base: float) -> Tensor | None:
@@ -160,7 +167,16 @@ def _gram(matrix: Tensor) -> Tensor:
     for block in torch.split(wide, GRAM_BLOCK, dim=1):
         columns = block.double()
         gram.addmm_(columns, columns.T)
+    if not all_finite(gram):
+        raise _unsquared(gram)
     return gram
+
+
+def _unsquared(gram: Tensor) -> ModelError:
+    remedy = "Its entries are too small or too large to square; load the weight anew."
+    return ModelError(
+        "the squared norm of the weight", float(gram.diagonal().sum()), "a positive finite number", remedy
+    )
 
 
 def _difference(weight: Tensor, pretrained: Tensor) -> Tensor:
