@@ -265,7 +265,8 @@ def test_factors_and_chains(record_property):
             whole = bound(weight, factors.dense())
             thin = bound.factored(weight, factors).delta
             thin = thin.dense() if isinstance(thin, Factors) else thin
-            assert abs(factors.norm() - float(factors.dense().double().norm())) <= 1e-4 * factors.norm()
+            longest = float(left.norm() * right.norm())  # of which their sum may be a small rest
+            assert abs(factors.norm() - float(factors.dense().double().norm())) <= 1e-5 * longest
             if "rect" not in names:  # which of two entries that tie stays is a matter of rounding
                 torch.testing.assert_close(thin, whole.delta, rtol=1e-3, atol=2e-3 * float(factors.norm()))
             step = factors.dense()

@@ -141,6 +141,9 @@ def _record(raw: object, where: str) -> Record:
             generation_prompts=_texts(raw.get("generation_prompts")),
             reference_texts=_texts(raw.get("reference_texts")),
         )
+        for text in (record.prompt, record.subject, record.target_new):
+            if not isinstance(text, str):
+                raise TypeError(f"{text!r:.60} is no text")
         for value in vars(record).values():
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and not is_whole(text):
@@ -211,7 +214,7 @@ def _flat(raw: Mapping[str, Any]) -> Record:
 
 def _filled(prompt: str, subject: str) -> str:
     """The prompt with the subject in the place that is left for it."""
-    return prompt.replace("{}", subject) if subject else prompt
+    return prompt.replace("{}", subject) if subject != "" else prompt
 
 
 def _some(text: object) -> tuple[str, ...]:
