@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sphere_plugin.errors import ModelError
-from sphere_plugin.geometry.checks import check_chunk
+from sphere_plugin.geometry.checks import all_finite, check_chunk
 
 NEAR: Final = 1e-6  # of ‖a‖² + ‖b‖², for squared distances
 FLOOR: Final = 1e-12  # of sqrt(‖a‖² + ‖b‖²), for distances
@@ -42,12 +42,15 @@ def pair_blocks(rows: Tensor, chunk: int | None = None) -> Iterator[tuple[int, T
 
     Raises:
         ConfigError: chunk is not a positive whole number.
-        ModelError: two rows coincide; the message names them.
+        ModelError: two rows coincide; the message names them. Or a row is too long to square.
     """
     count = rows.shape[0]
     size = max(1, BLOCK_ENTRIES // count) if chunk is None else chunk
     check_chunk(size)
     lengths = rows.square().sum(dim=1)  # [N]
+    if not all_finite(lengths):
+        remedy = "An earlier edit or the checkpoint is broken; undo that edit or load the weight anew."
+        raise ModelError("the squared lengths of the weight's rows", float(lengths.max()), "finite numbers", remedy)
     for start in range(0, count, size):
         block, rest = rows[start : start + size], rows[start:]
         scale = lengths[start : start + size, None] + lengths[None, start:]  # [b, N - start]
