@@ -326,7 +326,8 @@ def test_a_script_edits_with_and_without_sphere(
     if KIND == "pypi":
         del settings["objective_optimization"]
     Path("ft.yaml").write_text(yaml.safe_dump(settings))
-    sp.unregister()  # other tests of this process may have registered
+    sp.unregister()  # other tests of this process may have registered, or raised the level
+    caplog.set_level(logging.INFO, "sphere_plugin")
     assert main(["launch", *options, str(script(EDITING)), "ft.yaml"]) == 0
     assert "POST near_acc\n" in capsys.readouterr().out
     said = [record.getMessage() for record in caplog.records if record.name == "sphere_plugin"]
