@@ -12,6 +12,7 @@ from typing import Final
 from sphere_plugin.arguments import parser
 from sphere_plugin.errors import ConfigError, SphereError
 from sphere_plugin.parallel.environment import processes
+from sphere_plugin.paths import user_path
 
 # Commands that several processes share; each of them would do any other as a whole.
 SHARED: Final = frozenset(("run", "audit"))
@@ -47,12 +48,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     from sphere_plugin.report import draw, table
     from sphere_plugin.sequence.demo import Demo, demo_hparams, held_out, run_demo
 
-    out = arguments.out.expanduser().resolve()
+    out = user_path(arguments.out).resolve()
     demo = Demo(
         hparams=demo_hparams(arguments.hparams, arguments.base_method, arguments.model),
         out=out,
-        data=None if arguments.data is None else arguments.data.expanduser().resolve(),
-        text=held_out(arguments.text),
+        data=None if arguments.data is None else user_path(arguments.data).resolve(),
+        text=held_out(None if arguments.text is None else user_path(arguments.text)),
         edits=arguments.edits,
         batch_size=arguments.batch_size,
         checkpoints=_checkpoints(arguments.checkpoints, arguments.edits, arguments.batch_size),
@@ -133,7 +134,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _undo(arguments: argparse.Namespace) -> int:
     from sphere_plugin.journaling.undoing import undo
 
-    undone = undo(arguments.folder.expanduser(), arguments.to)
+    undone = undo(user_path(arguments.folder), arguments.to)
     where = "" if undone.kept is None else f"; what was taken back is in {undone.kept}"
     print(f"{arguments.folder}: {undone.edits} edits, {undone.batches} batches taken back{where}")
     return 0
@@ -142,7 +143,7 @@ def _undo(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from sphere_plugin.journaling.exporting import export
 
-    folder, out = arguments.folder.expanduser(), arguments.out.expanduser()
+    folder, out = user_path(arguments.folder), user_path(arguments.out)
     exported = export(folder, out, arguments.format, arguments.at, arguments.rank, arguments.model)
     rank = "" if exported.rank is None else f", rank {exported.rank}"
     print(f"{out}: {exported.edits} edits, {exported.format}{rank}")
@@ -155,8 +156,8 @@ def _report(arguments: argparse.Namespace) -> int:
     from sphere_plugin.progress import Bars
     from sphere_plugin.report.page import Options, write_report
 
-    folders = [folder.expanduser() for folder in arguments.folders]
-    out = folders[0] / "report" if arguments.out is None else arguments.out.expanduser()
+    folders = [user_path(folder) for folder in arguments.folders]
+    out = folders[0] / "report" if arguments.out is None else user_path(arguments.out)
     options = Options(arguments.at, arguments.layer, arguments.neurons, not arguments.no_texts)
     print(write_report(folders, out, options, Bars()))
     return 0
@@ -166,7 +167,7 @@ def _project_adapter(arguments: argparse.Namespace) -> int:
     from sphere_plugin.peft import project_saved_adapter
     from sphere_plugin.restraints import SphereConfig
 
-    source, target = arguments.source.expanduser(), arguments.target.expanduser()
+    source, target = user_path(arguments.source), user_path(arguments.target)
     config = SphereConfig(eta=arguments.eta, alpha=arguments.alpha)
     report = project_saved_adapter(source, target, arguments.base, config)
     print(f"{target}: {len(report.layers)} layers, {report.removed_share:.1%} of the update removed")

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 from sphere_plugin.errors import CacheError
 from sphere_plugin.parsing import json_of
+from sphere_plugin.paths import user_path
 
 CACHE_VARIABLE = "SPHERE_PLUGIN_CACHE"
 
@@ -59,7 +60,7 @@ def cache_folder() -> Path:
     """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()
+        return user_path(chosen)
     return platformdirs.user_cache_path("sphere-plugin", appauthor=False)
 
 

@@ -10,6 +10,7 @@ from typing import Final
 
 from sphere_plugin.errors import CacheError
 from sphere_plugin.files import write_bytes
+from sphere_plugin.paths import user_path
 
 SUMS: Final = "SHA256SUMS"
 _EXPORT: Final = f"Export it again; if the change is your own, delete {SUMS}."
@@ -18,7 +19,7 @@ _EXPORT: Final = f"Export it again; if the change is your own, delete {SUMS}."
 def find_folders(path: Path, name: str) -> list[Path]:
     """The folders at or below ``path`` that have a file of this name, sorted; inside them is not looked."""
     found = []
-    for folder, below, files in os.walk(path.expanduser().resolve()):
+    for folder, below, files in os.walk(user_path(path).resolve()):
         if name in files:
             found.append(Path(folder))
             below.clear()

@@ -24,6 +24,7 @@ from typing import Any, Final, Literal
 from sphere_plugin.easyedit.loader import PreparedLoader, PreparingFinder
 from sphere_plugin.easyedit.standins import PACKAGE, vision_stand_ins
 from sphere_plugin.errors import HostError
+from sphere_plugin.paths import user_path
 from sphere_plugin.process import ONE_AT_A_TIME
 from sphere_plugin.randomness import randomness_kept
 
@@ -98,7 +99,7 @@ def find_host() -> HostLocation:
 
 
 def _package_of(home: str) -> Path:
-    folder = Path(home).expanduser().resolve() / PACKAGE
+    folder = user_path(home).resolve() / PACKAGE
     if not (folder / "__init__.py").is_file():
         remedy = f"Set {HOME_VARIABLE} to the folder that `git clone https://github.com/zjunlp/EasyEdit` makes."
         raise HostError(HOME_VARIABLE, home, f"a folder with {PACKAGE}/__init__.py in it", remedy)

@@ -22,6 +22,7 @@ from sphere_plugin.files import write_json
 from sphere_plugin.journaling import Journal, all_or_nothing, run_lock
 from sphere_plugin.journaling.exporting import Exported, Format, export_batches
 from sphere_plugin.journaling.store import orientations
+from sphere_plugin.paths import user_path
 
 Weights = dict[str, nn.Parameter]
 
@@ -53,7 +54,7 @@ def journal(editor: Any, folder: Path | str | None = None) -> Iterator[EditorJou
         if folder is None:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sphere-journal-")))
         else:
-            place = Path(folder).expanduser()
+            place = user_path(folder)
         stack.enter_context(run_lock(place))
         one = EditorJournal(editor, place)
         editor.apply_algo = one.call
@@ -134,7 +135,7 @@ class EditorJournal:
         self.settle()
         manifest = _manifest(self._editor, self.store)
         parts = (self._model, self._editor.tok)
-        target = Path(out).expanduser()
+        target = user_path(out)
         return export_batches(self.store, len(self.store), manifest, target, format, rank, lambda weights: parts)
 
     def settle(self) -> None:

@@ -19,6 +19,7 @@ from sphere_plugin.easyedit.patches import Patches
 from sphere_plugin.easyedit.registration import register, unregister
 from sphere_plugin.easyedit.standins import PACKAGE
 from sphere_plugin.errors import ConfigError, HostError
+from sphere_plugin.paths import user_path
 
 EXAMPLES: Final = "examples"
 SEED: Final = 42  # what EasyEdit main seeds all generators with as it is imported
@@ -60,7 +61,7 @@ def find_script(script: str | Path) -> Path:
     Raises:
         ConfigError: there is no such file.
     """
-    given = Path(script).expanduser()
+    given = user_path(script)
     examples = None if given.is_absolute() else _examples()
     for folder in (Path(), examples):
         if folder is not None and (folder / given).is_file():

@@ -28,6 +28,7 @@ from sphere_plugin.evaluation.benchmarks import Data, file_of, read_benchmark
 from sphere_plugin.evaluation.decoder import Decoder
 from sphere_plugin.evaluation.perplexity import mean_nll, windows
 from sphere_plugin.evaluation.quiet import mode_kept, quiet
+from sphere_plugin.paths import user_path
 from sphere_plugin.randomness import randomness_kept
 
 # Task of ours -> the benchmark whose file it reads.
@@ -111,7 +112,7 @@ class Suite:
         for name in tasks:
             self._how[name] = self._described(name, data)
         if text is not None:
-            digest = hashlib.sha256(text.expanduser().read_bytes()).hexdigest()
+            digest = hashlib.sha256(user_path(text).read_bytes()).hexdigest()
             self._how[PERPLEXITY] = {"file": text.name, "sha256": digest}
         self.names = tuple(self._how)
 
@@ -200,7 +201,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.expanduser().read_text(encoding="utf-8")
+        return user_path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("text", str(path), f"a text file that can be read ({error})", "Check it.") from error
 

@@ -18,6 +18,7 @@ from sphere_plugin.folders import find_folders
 from sphere_plugin.journaling import run_lock
 from sphere_plugin.journaling.revisit import Revisited, opened
 from sphere_plugin.models import load_model
+from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.abilities import data_of, names_of
 from sphere_plugin.sequence.finished import moments_of
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
         SphereError: a target, a task, a file or a moment that cannot be, before anything is measured.
     """
     device = _device(arguments.device)
-    target = Path(arguments.target).expanduser()
+    target = user_path(arguments.target)
     folders = find_folders(target, NAME) if target.is_dir() else []
     if folders and arguments.out is not None:
         raise ConfigError("--out", str(arguments.out), "nothing beside a run", "Its scores go into its own folder.")
@@ -114,7 +115,7 @@ def _measured(run: _Run, suite: Suite, device: torch.device, tell: Any) -> Momen
 
 
 def _model(arguments: argparse.Namespace, suite: Suite, device: torch.device) -> list[str]:
-    out = None if arguments.out is None else arguments.out.expanduser()
+    out = None if arguments.out is None else user_path(arguments.out)
     if out is not None:
         check_writable(path_of(out, 0))
     model, tokenizer = load_model(arguments.target, device=device)
@@ -142,7 +143,7 @@ def _data(given: Sequence[str]) -> Data | None:
         return data_of({name: path for name, _, path in pairs}) if pairs else None
     if len(given) > 1:
         raise ConfigError("--data", " ".join(given), "one folder, or BENCHMARK=FILE for each", "Write --data DIR.")
-    if not Path(given[0]).expanduser().is_dir():
+    if not user_path(given[0]).is_dir():
         raise ConfigError("--data", given[0], "a folder, or BENCHMARK=FILE", "Write --data DIR, or --data rte=FILE.")
     return data_of(given[0])
 

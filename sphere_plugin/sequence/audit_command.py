@@ -15,6 +15,7 @@ from sphere_plugin.evaluation.uncertainty import Change
 from sphere_plugin.journaling import run_lock
 from sphere_plugin.parallel.joining import joined
 from sphere_plugin.parallel.ranks import Ranks
+from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.audit import Options, RunAudit
 from sphere_plugin.sequence.finished import moments_of, runs_in
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[int, list[str]]:
-    target, options = arguments.target.expanduser(), options_of(arguments)
+    target, options = user_path(arguments.target), options_of(arguments)
     source = source_of(options.paraphrases)
     runs = [RunAudit(folder, options, source) for folder in runs_in(target)]
     if not any(one.moments for one in runs):
@@ -73,7 +74,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         paraphrases=arguments.paraphrases,
         embedder=arguments.embedder,
         sampling=Sampling(arguments.samples, arguments.tokens, arguments.temperature, arguments.top_p, arguments.seed),
-        data=None if arguments.data is None else arguments.data.expanduser().resolve(),
+        data=None if arguments.data is None else user_path(arguments.data).resolve(),
         model=arguments.model,
         device=arguments.device,
     )

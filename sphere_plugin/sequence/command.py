@@ -21,6 +21,7 @@ from sphere_plugin.parallel.environment import log_name
 from sphere_plugin.parallel.joining import joined
 from sphere_plugin.parallel.ranks import Ranks
 from sphere_plugin.parsing import yaml_of
+from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.compare import COMPARISON, Ended, compare, refuse_used
 from sphere_plugin.sequence.crew import Crew
@@ -78,7 +79,7 @@ def _log(error: Exception) -> None:
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[int, list[str]]:
     if arguments.resume is not None:
         _refuse_others(arguments)
-        folder = arguments.resume.expanduser().resolve()
+        folder = user_path(arguments.resume).resolve()
         return _told(_resumed(folder, arguments, ranks), folder)
     settings = settings_of(arguments)
     check(settings)
@@ -88,7 +89,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[int, list[str]]:
         return _planned(settings)
     if arguments.out is None:
         raise ConfigError("--out", "nothing", "a folder for the run", "Write --out runs/NAME.")
-    out = arguments.out.expanduser().resolve()
+    out = user_path(arguments.out).resolve()
     refuse_used(out)
     if arguments.compare is None and len(settings.entries) == 1:
         return _told(_single(settings, out, ranks), out)
@@ -137,7 +138,7 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
 
 def _model(name: str, hparams: Path) -> dict[str, Any]:
     """A model by the name of its YAML, which lies beside ``hparams``, or any other model with the same settings."""
-    beside = hparams.expanduser().parent / f"{name}.yaml"
+    beside = user_path(hparams).parent / f"{name}.yaml"
     return {"hparams": beside, "model": None} if name == Path(name).name and beside.exists() else {"model": name}
 
 

@@ -21,6 +21,7 @@ from sphere_plugin.geometry import neurons
 from sphere_plugin.geometry.interference import null_dimension
 from sphere_plugin.journaling.disk import plain
 from sphere_plugin.journaling.revisit import Revisited, opened, put
+from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.demo import held_out
 from sphere_plugin.sequence.finished import facts_of, moments_of, runs_in
@@ -71,10 +72,10 @@ class Options:
 
 def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     """Diagnose every run in a folder; returns the exit code and what to say."""
-    text, data = (None if one is None else one.expanduser().resolve() for one in (arguments.text, arguments.data))
+    text, data = (None if one is None else user_path(one).resolve() for one in (arguments.text, arguments.data))
     at = None if arguments.at == EVERY else moments_of(arguments.at)
     options = Options(at, arguments.keys, arguments.seed, text, data, arguments.model)
-    target = arguments.target.expanduser()
+    target = user_path(arguments.target)
     jobs = [Diagnosis(folder, options) for folder in runs_in(target)]
     if not any(job.batches for job in jobs):
         got, last = arguments.at, max(job.edits for job in jobs)

@@ -13,6 +13,7 @@ from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.files import read_json, write_json
 from sphere_plugin.journaling.revisit import RESTORE
+from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
 from sphere_plugin.report.page import NUMBERS, check_libraries, write_report
 from sphere_plugin.report.sweep import FILE, FORMAT
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
                 remedy = "Leave it out: a sweep goes on with the settings it began with."
                 raise ConfigError("--resume", flag, "nothing but --jobs and --without-guard beside it", remedy)
         check_libraries()
-        folder = arguments.resume.expanduser().resolve()
+        folder = user_path(arguments.resume).resolve()
         return _go(taken_up(folder), folder, arguments)
     sweep = _settings_of(arguments)
     sweep.check()
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     check_libraries()
     if arguments.out is None:
         raise ConfigError("--out", "nothing", "a folder for the sweep", "Write --out runs/NAME.")
-    folder = arguments.out.expanduser().resolve()
+    folder = user_path(arguments.out).resolve()
     refuse_used(folder)
     if (folder / FILE).exists():
         raise ConfigError("--out", str(folder), "a folder without a sweep", f"Continue it with --resume {folder}.")
