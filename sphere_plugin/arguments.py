@@ -42,7 +42,9 @@ def _add_doctor(commands: Commands) -> None:
 
 def _add_launch(commands: Commands) -> None:
     launch = commands.add_parser("launch", help="run an EasyEdit script as it is, with the plugin active")
-    launch.add_argument("--sphere", action="store_true", help="project every update, whatever the YAML says")
+    launch.add_argument(
+        "--sphere", action="store_true", help="project every update of EasyEdit's methods, whatever the YAML says"
+    )
     launch.add_argument("--eta", type=float, help="the same, with this cumulative ratio")
     launch.add_argument("--alpha", type=float, help="the same, with this suppression strength")
     launch.add_argument("script", metavar="SCRIPT", help="a path, or the name of a script in EasyEdit's examples")

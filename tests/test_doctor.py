@@ -139,6 +139,16 @@ def test_what_is_wrong_is_a_finding(
     assert words in found.text
 
 
+@pytest.mark.parametrize(("device", "told"), [("mps", "on mps with"), ("0", "on cuda:0 with")])
+def test_devices_are_read_as_easyedit_reads_them(
+    write: Any, device: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    findings = examine(write("ROME", device=device))
+    assert told in one(findings, "memory").text
+    assert [finding.verdict for finding in findings if finding.topic == "device"] == ["missing"] * (device == "0")
+
+
 def test_a_method_without_a_weight_update(tmp_path: Path) -> None:
     path = tmp_path / "ike.yaml"
     path.write_text(

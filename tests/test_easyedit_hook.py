@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosted import FACTS, Bench, along, changed, clean_host, copies, expected_to_change, same
+from hosted import FACTS, Bench, along, changed, clean_host, copies, expected_to_change, hparams_of, same
 from pico import pico
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ import sphere_plugin as sp
 from sphere_plugin import ConfigError, HostError, ModelError, PrincipalSpace
 from sphere_plugin.easyedit.host import Host, find_host
 from sphere_plugin.easyedit.methods import METHODS
+from sphere_plugin.models.embedded import EMBEDDED_FOLDER, EMBEDDED_NAME
 from sphere_plugin.restraints import RectConfig, SphereConfig, prune_view
 
 try:
@@ -244,6 +245,24 @@ def test_rect_and_prune_on_an_adapter_are_refused_before_a_model_is_loaded(key: 
     sp.register()
     with pytest.raises(ConfigError, match=rf"{key.upper()} \+ SPHERE on LoRA: got 'an adapter B·A'"):
         host.base_editor.from_hparams(asking("LoRA", **{key: True, "sphere": True}))
+
+
+def test_hyper_parameters_serve_a_second_editor_on_the_embedded_model(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load(name: str, **_: object) -> tuple[nn.Module, Any]:
+        loaded.append(name)
+        return pico("llama")
+
+    monkeypatch.setattr("sphere_plugin.easyedit.opening.load_model", load)
+    monkeypatch.setattr("sphere_plugin.easyedit.opening.resolve_model", lambda _: f"/cache/models/{EMBEDDED_FOLDER}")
+    sp.register()
+    hparams = hparams_of("FT", "llama", bench.folder, model_name=EMBEDDED_NAME)
+    editors = [bench.host.base_editor.from_hparams(hparams) for _ in range(2)]
+    assert loaded == [EMBEDDED_NAME] * 2
+    assert editors[0].model is not editors[1].model
 
 
 @only_on_main

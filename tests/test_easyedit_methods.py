@@ -206,6 +206,22 @@ def test_of_simie_the_base_method_is_restrained(
     assert set(vars(editor.hparams.base_hparams)) <= known
 
 
+@only_on_main
+def test_an_edit_of_simie_that_fails_leaves_the_edits_before_it(
+    host: Host, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sp.register()
+    editor = bench.editor("SimIE", "llama", base_method="ROME", sphere=True, init_model=True)
+    unedited = copies(editor.model)
+    bench.edit(editor, FACTS[:1])
+    before = copies(editor.model)
+    assert changed(unedited, before)
+    monkeypatch.setattr(WeightSession, "__call__", lambda *_, **__: _interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        bench.edit(editor, FACTS[1:2])
+    assert same(copies(editor.model), before)
+
+
 # ---- adapters ----
 
 
@@ -315,6 +331,25 @@ def test_a_first_training_that_fails_leaves_a_model_that_answers_as_before(
     with pytest.raises(KeyboardInterrupt):
         bench.edit(editor, FACTS[:1])
     assert torch.equal(editor.model(**tokens).logits, before)
+
+
+@only_on_main
+def test_a_projection_that_fails_leaves_the_raw_adapter_of_the_edit_before(
+    host: Host, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = Watched(host, "LoRA", monkeypatch)
+    sp.register()
+    editor = bench.editor("LoRA", "llama", sphere={"alpha": 0.5})
+    bench.edit(editor, FACTS[:1])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sphere_plugin.easyedit.adapters.project_layers", lambda *_: _interrupt())
+        bench.edit(editor, FACTS[1:2])
+    bench.edit(editor, FACTS[1:2])
+    assert same(raw.before[2], raw.after[0])
+
+
+def _interrupt() -> dict[str, Any]:
+    raise KeyboardInterrupt
 
 
 # ---- padding, batches, and EasyEdit's other editors of text ----

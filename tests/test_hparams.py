@@ -18,10 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
-from sphere_plugin.easyedit.blocks import nearest, read_prune, read_rect, read_sphere
+from sphere_plugin.easyedit.blocks import SYNONYMS, nearest, read_prune, read_rect, read_sphere
 from sphere_plugin.easyedit.hparams import (
     CLASSES,
-    SYNONYMS,
     UNUSED,
     PruneHyperParams,
     RectHyperParams,

@@ -63,7 +63,7 @@ class AdapterSession:
         return edited, returned
 
     def _project(self, model: nn.Module) -> None:
-        self._raw, touched = [], []
+        raw, touched = list[tuple[nn.Parameter, Tensor]](), []
         layers = lora_layers(model)
         for adapter in sorted({name for layer in layers.values() for name in layer.active_adapters}):
             chosen = {title: layer for title, layer in layers.items() if adapter in layer.r}
@@ -71,11 +71,12 @@ class AdapterSession:
                 check_layer(title, layer, adapter, quantised=True)
             for title, (a, done) in project_layers(chosen, adapter, self.config).items():
                 weight = chosen[title].lora_A[adapter].weight
-                self._raw.append((weight, weight.detach().clone()))
+                raw.append((weight, weight.detach().clone()))
                 if self.config.alpha:
                     weight.copy_(a)
                 if done.energy:
                     touched.append(_touched(title, chosen[title], adapter, done))
+        self._raw = raw  # not before all of it is done: an edit that fails leaves that of the edit before
         log_apply(f"{self.name} + SPHERE", None, touched)
 
 

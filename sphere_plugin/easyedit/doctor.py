@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sphere_plugin.easyedit.host import Host
 from sphere_plugin.easyedit.hparams import dtype_of
 from sphere_plugin.easyedit.keys import Asked, asked_of, refusal
+from sphere_plugin.easyedit.loader import torch_device
 from sphere_plugin.easyedit.methods import METHODS, OWN, Method
 from sphere_plugin.easyedit.reading import load_any
 from sphere_plugin.easyedit.registration import register, unregister
@@ -197,7 +198,7 @@ def _touched(model: nn.Module, hparams: Any, what: Method) -> dict[str, nn.Param
 
 def _needs(model: nn.Module, hparams: Any) -> Iterator[Finding]:
     """What our own editor needs on each device, by its formulas."""
-    device = _device(hparams.device)
+    device = torch_device(hparams.device)
     yield from _absent("device", device)
     config, dtype = hparams.editing(), dtype_of(hparams)
     yield from _absent("stats_device", config.stats_device or "cpu")
@@ -218,7 +219,7 @@ def _cost(model: nn.Module, weights: Mapping[str, Tensor], hparams: Any) -> Iter
     # W, its rows at unit length, ΔW and ΔW'; the Gram matrix of the smaller side, its vectors, and LAPACK's copy.
     work = 4 * (4 * largest.numel() + 3 * min(largest.shape) ** 2)
     whole = width * _count(model)
-    device = _device(getattr(hparams, "device", "cpu"))
+    device = torch_device(getattr(hparams, "device", "cpu"))
     free = free_bytes(device)
     dtype = str(dtype_of(hparams)).removeprefix("torch.")
     text = (
@@ -232,12 +233,8 @@ def _cost(model: nn.Module, weights: Mapping[str, Tensor], hparams: Any) -> Iter
 
 
 def _absent(key: str, device: str) -> Iterator[Finding]:
-    if device != "cpu" and (not torch.cuda.is_available() or free_bytes(device) is None):
+    if device.startswith("cuda") and (not torch.cuda.is_available() or free_bytes(device) is None):
         yield Finding(key, f"{device} is not on this machine; write `{key}: cpu`", "missing")
-
-
-def _device(device: object) -> str:
-    return f"cuda:{device}" if str(device).isdigit() else str(device)
 
 
 def _measured(model: nn.Module, name: str, weights: list[str], sphere: SphereConfig) -> Iterator[Finding]:

@@ -84,7 +84,8 @@ class Hooked:
         session = table[hparams.base_method].session(base, repairs=True, apart=apart)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with ONE_AT_A_TIME:
+            weights = weights_of(_argument(nn.Module, args, kwargs), base, METHODS[hparams.base_method])
+            with ONE_AT_A_TIME, all_or_nothing(weights):  # SimIE puts the first weights back before it calls its base
                 patches = Patches()
                 patches.item(table, hparams.base_method, session)
                 try:

@@ -21,7 +21,6 @@ from sphere_plugin.easyedit.standins import PACKAGE
 from sphere_plugin.easyedit.targets import weights_of
 from sphere_plugin.easyedit.turns import Turns
 from sphere_plugin.editing.account import Touched
-from sphere_plugin.errors import ConfigError
 from sphere_plugin.process import muted
 
 CACHE = "CONTEXT_TEMPLATES_CACHE"
@@ -51,26 +50,16 @@ def open_editor(hparams: Any, folder: Path) -> Any:
 
 
 class Hosted:
-    """Calls the method of a BaseEditor as its sequential edits do.
+    """Calls the method of a BaseEditor as its sequential edits do: FT or ROME, whose whole state are the weights.
 
     Args:
         editor: a BaseEditor.
         seed: random numbers of batch n come from (seed, n).
-
-    Raises:
-        ConfigError: the method writes no weights, or remembers more than weights between its calls.
     """
 
     def __init__(self, editor: Any, seed: int) -> None:
         self.editor, self.seed, self.name = editor, seed, editor.alg_name
-        method = METHODS.get(self.name)
-        if method is None or method.writes != "weights":
-            remedy = "Run a method that writes weights; docs/methods.md has a table."
-            raise ConfigError("method", self.name, "a method that writes weights of the model", remedy)
-        if method.remembers:
-            remedy = "Take this package's own editor: base_method AlphaEdit or MEMIT."
-            raise ConfigError("method", self.name, "a method whose whole state are the weights", remedy)
-        self.weights: Mapping[str, nn.Parameter] = weights_of(editor.model, editor.hparams, method)
+        self.weights: Mapping[str, nn.Parameter] = weights_of(editor.model, editor.hparams, METHODS[self.name])
         # Of a method without restraints nobody else keeps apart what it remembers.
         self._turns: Turns = getattr(editor.apply_algo, "turns", None) or Turns()
         if self.name == "FT" and getattr(editor.hparams, "objective_optimization", "prompt_last") == "prompt_last":

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from sphere_plugin.easyedit.blocks import SYNONYMS as SYNONYMS
 from sphere_plugin.easyedit.blocks import (
+    SYNONYMS,
     merged,
     nearest,
     numbers,

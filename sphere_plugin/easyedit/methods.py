@@ -28,7 +28,6 @@ class Method:
         why_not: for "nothing", the clause that says what it does instead.
         reads_right: it looks at token positions counted from the left, so it needs padding on the right.
         undo: "dict" or "call": what EasyEdit expects it to return for taking an edit back.
-        remembers: it keeps more than the weights from one edit to the next, in EasyEdit's memory.
     """
 
     writes: Writes
@@ -36,7 +35,6 @@ class Method:
     why_not: str = ""
     reads_right: bool = False
     undo: Literal["dict", "call"] = "dict"
-    remembers: bool = False
 
 
 _LOCATED: Final = Method("weights", "rewrite_module_tmp", reads_right=True)
@@ -58,12 +56,12 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "CORE": _LOCATED,
         "EAMET": _LOCATED,
         "EMMET": _LOCATED,
-        "AlphaEdit": Method("weights", "rewrite_module_tmp", reads_right=True, remembers=True),
+        "AlphaEdit": _LOCATED,
         "FT": Method("weights", "rewrite_module_tmp"),
         "DINM": Method("weights", "rewrite_module_tmp"),
         "KN": Method("weights", "ffn", undo="call"),
         "MEND": Method("weights", "inner_params"),
-        "ULTRAEDIT": Method("weights", "inner_params", remembers=True),
+        "ULTRAEDIT": Method("weights", "inner_params"),
         "SimIE": Method("base"),
         "LoRA": _LORA,
         "QLoRA": _LORA,

@@ -20,7 +20,7 @@ from sphere_plugin.easyedit.standins import PACKAGE
 from sphere_plugin.editing.requests import read_requests
 from sphere_plugin.errors import ConfigError, ModelError, RequestError
 from sphere_plugin.models import load_model, resolve_model
-from sphere_plugin.models.embedded import EMBEDDED_NAME
+from sphere_plugin.models.embedded import EMBEDDED_FOLDER, EMBEDDED_NAME
 from sphere_plugin.models.placement import input_device
 from sphere_plugin.process import ONE_AT_A_TIME
 
@@ -74,6 +74,8 @@ def _opening(original: Callable[..., None], main: bool, repairs: bool) -> Callab
         restrained = alg_name not in OWN and asked_of(hparams) is not None
         if restrained:
             _check_possible(hparams)
+        if getattr(hparams, "model_name", None) == EMBEDDED_FOLDER:  # an editor was made with it before
+            hparams.model_name = EMBEDDED_NAME
         if alg_name in OWN or getattr(hparams, "model_name", None) == EMBEDDED_NAME:
             _open_loaded(original, self, hparams, *args, **kwargs)
         else:

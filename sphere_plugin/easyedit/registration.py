@@ -29,7 +29,8 @@ def register(overrides: Mapping[str, object] | None = None) -> Host:
     changes nothing, unless it is with other overrides.
 
     Args:
-        overrides: keys that every hparams object gets from now on, whatever its YAML says, such as {"sphere": True}.
+        overrides: keys that every hparams object of EasyEdit's classes gets from now on, whatever its YAML says, such
+            as {"sphere": True}. Those of our own classes have what their YAML says.
             None keeps those of a registration that stands, and is none at all without one.
 
     Returns:

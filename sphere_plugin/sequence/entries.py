@@ -1,4 +1,4 @@
-"""The entries of a comparison, by name: "memit", "memit+sphere", "ft", a YAML of any other method."""
+"""The entries of a comparison, by name: "memit", "memit+sphere", "ft"."""
 
 from __future__ import annotations
 
@@ -128,6 +128,8 @@ def _hosted(method: str, variant: str | None, path: Path, changes: Mapping[str, 
         remedy = f"Write one for {method}, or leave this entry out."
         raise ConfigError("hparams", str(beside), f"EasyEdit's YAML of {method} for this model", remedy)
     hparams = _read(beside, register())
+    if hparams.alg_name != method:
+        raise ConfigError(f"alg_name in {beside}", hparams.alg_name, method, f"Put {method}'s YAML there.")
     for key, value in changes.items():
         if not hasattr(hparams, key):
             raise ConfigError("settings", key, f"a key of {beside}", "Check the spelling.")
