@@ -29,14 +29,13 @@ from stages import machine
 from torch import Tensor
 from tqdm import tqdm
 
-from sphere_plugin.data import Record, read_records
+from sphere_plugin.data import Record, held_out, read_records
 from sphere_plugin.easyedit.hparams import SphereHyperParams
 from sphere_plugin.editing import Editor
 from sphere_plugin.editing.aim import Aimed
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.evaluation import Quality
 from sphere_plugin.models import load_model
-from sphere_plugin.sequence.demo import held_out
 
 YAML: Final = Path(__file__).parents[1] / "hparams" / "SPHERE" / "smollm2-135m.yaml"
 AIMED: Final = 50  # facts whose targets are searched for at once

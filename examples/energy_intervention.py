@@ -12,12 +12,11 @@ from statistics import fmean
 
 import torch
 
-from sphere_plugin.data import read_records
+from sphere_plugin.data import held_out, read_records
 from sphere_plugin.evaluation import Quality, interval
 from sphere_plugin.geometry import energy_change, neurons, stored
 from sphere_plugin.geometry.perturb import along_energy, scattered, turned
 from sphere_plugin.journaling.revisit import Revisited
-from sphere_plugin.sequence.demo import held_out
 from sphere_plugin.sequence.settings import RunSettings
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -10,7 +10,7 @@ import sphere_plugin as sp
 sp.register()
 from easyeditor import BaseEditor  # noqa: E402
 
-from sphere_plugin.data import own_text, read_records  # noqa: E402
+from sphere_plugin.data import held_out, read_records  # noqa: E402
 from sphere_plugin.evaluation import Quality  # noqa: E402
 from sphere_plugin.sequence import SequentialRun  # noqa: E402
 
@@ -23,7 +23,7 @@ for alpha in (0.0, 0.8):
     hparams.projection = "post"
     editor = BaseEditor.from_hparams(hparams)
     editor.apply_algo.editor.prepare()  # key statistics: counted once, then kept in the cache
-    quality = Quality(editor.model, editor.tok, records, own_text())
+    quality = Quality(editor.model, editor.tok, records, held_out())
     *_, last = SequentialRun(editor, records, quality, BATCH, [EDITS])
     kept, reached = fmean(last.scores.efficacy_exact), fmean(last.scores.generalization_exact)
     name = "MEMIT + SPHERE" if alpha else "MEMIT"

@@ -163,7 +163,9 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--sample", type=int, help="score so many edits at most at a checkpoint (default: all)")
     run.add_argument("--fluency", type=int, help="tokens of texts that fluency is measured on, at the end")
     run.add_argument("--protocol", choices=("tokens", "exact"), help="which scores the tables show (default: tokens)")
-    run.add_argument("--seed", type=int, help="of everything random but the order (default: 0)")
+    run.add_argument(
+        "--seed", type=int, help="of samples, texts and ft, rome (default: 0); of our own editor: --set seed=N"
+    )
     run.add_argument("--share-targets", action="store_true", default=None, help="aim once for all entries: quick")
     run.add_argument("--set", metavar="[ENTRY.]KEY=VALUE", action="append", default=[], help="a setting of the method")
     run.add_argument("--jobs", type=int, default=1, help="entries at a time (default: 1)")

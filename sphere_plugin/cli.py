@@ -45,8 +45,9 @@ def _say(code: int, lines: list[str]) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from sphere_plugin.data import held_out
     from sphere_plugin.report import draw, table
-    from sphere_plugin.sequence.demo import Demo, demo_hparams, held_out, run_demo
+    from sphere_plugin.sequence.demo import Demo, demo_hparams, run_demo
 
     out = user_path(arguments.out).resolve()
     demo = Demo(

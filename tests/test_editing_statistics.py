@@ -439,7 +439,7 @@ def test_the_editor_passes_the_refusal_on_with_the_weights_as_they_were(tmp_path
     editor = Editor(model, tokenizer, pico_config("llama", mom2_dataset=str(tmp_path / "empty.txt")))
     with pytest.raises(ConfigError, match="mom2_dataset"):
         editor.apply([{"prompt": "Water boils at", "subject": "Water", "target_new": "Paris"}])
-    assert editor.pretrained.matches(editor.anatomy.weights)
+    assert all(torch.equal(editor.anatomy.weights[name], one) for name, one in editor.pretrained.tensors.items())
 
 
 class Stream:

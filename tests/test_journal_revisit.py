@@ -25,7 +25,7 @@ def test_every_moment_is_what_it_was(run) -> None:
     after = prints(run)
     for number in (3, 1, 2):  # in any order
         seen.go(2 * number)
-        assert seen.edits_after(number) == 2 * number
+        assert seen.journal.edits(number) == 2 * number
         assert seen.journal.fingerprint_of(seen.weights) == after[number - 1]
     seen.go(0)
     assert seen.journal.fingerprint_of(seen.weights) == seen.manifest["model"]["weights"]

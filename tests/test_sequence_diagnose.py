@@ -13,7 +13,7 @@ from conftest import pico_config
 from pico_runs import COLLAPSING, facts, files, place, settings
 
 from sphere_plugin.cli import main
-from sphere_plugin.data import own_text, read_records
+from sphere_plugin.data import held_out, read_records
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.contexts import Contexts
 from sphere_plugin.editing.keys import KeyReader
@@ -238,7 +238,7 @@ def test_what_is_asked_for_is_drawn_by_its_seed(whole):
     names = list(seen.journal.names)
 
     def inputs(number, seed):
-        return protected(seen.model, seen.tokenizer, names, own_text(), read_records(None, 4), number, seed)
+        return protected(seen.model, seen.tokenizer, names, held_out(), read_records(None, 4), number, seed)
 
     one, again, other = inputs(10, 0), inputs(10, 0), inputs(10, 1)
     for kind in one:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_plugin.editing.requests import read_request
-from sphere_plugin.errors import RequestError
+from sphere_plugin.errors import ConfigError, RequestError
 from sphere_plugin.parsing import is_whole, json_of
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -58,9 +58,22 @@ class Record:
             )
 
 
-def own_text() -> str:
-    """The project's held-out text, which perplexity is measured on."""
-    return files("sphere_plugin.data").joinpath("heldout.txt").read_text(encoding="utf-8")
+def held_out(path: Path | None = None) -> str:
+    """The text perplexity is measured on; None: the project's own.
+
+    Raises:
+        ConfigError: the file cannot be read, or has next to nothing in it.
+    """
+    if path is None:
+        return files("sphere_plugin.data").joinpath("heldout.txt").read_text(encoding="utf-8")
+    remedy = "Leave it out for the project's own."
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--text", str(path), f"a text file ({error})", remedy) from error
+    if len(text.split()) < 2:
+        raise ConfigError("--text", str(path), "a text of some words", remedy)
+    return text
 
 
 def read_records(path: Path | None = None, limit: int | None = None, order: int | None = None) -> list[Record]:

@@ -209,7 +209,7 @@ class EditorJournal:
         return {} if editor is None else {layer: one.name for layer, one in editor.anatomy.rewrites.items()}
 
     def _count(self) -> int:
-        return int(self.store.record(len(self.store))["edits"]) if len(self.store) else 0
+        return self.store.edits()
 
     def _live(self) -> Weights:
         return {name: self._model.get_parameter(name) for name in self.store.names}

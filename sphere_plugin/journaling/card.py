@@ -41,13 +41,11 @@ def card(
         errors: of an adapter, weight -> share of the update that it misses; empty for the edited model itself.
         checkpoint: of the run at that very number of edits; None if nothing was measured then.
     """
-    lines = (*_lines(manifest, edits, facts, errors), "", *_measured(edits, checkpoint), *_listed(facts))
+    lines = (*_lines(manifest, edits, errors), "", *_measured(edits, checkpoint), *_listed(facts))
     return "\n".join(lines) + "\n"
 
 
-def _lines(
-    manifest: Mapping[str, Any], edits: int, facts: list[dict[str, Any]], errors: Mapping[str, float]
-) -> Iterator[str]:
+def _lines(manifest: Mapping[str, Any], edits: int, errors: Mapping[str, float]) -> Iterator[str]:
     named = manifest.get("model", {}).get("name") or "a model without a name"
     base = _plain(named)
     what = "edits as a LoRA adapter" if errors else "an edited model"

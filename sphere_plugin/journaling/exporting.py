@@ -112,7 +112,7 @@ def export_batches(
     if rank is not None and format != "adapter":
         raise ConfigError("rank", rank, f"none for the format {format!r}", "Only an adapter has a rank.")
     refuse_existing(out)
-    edits = int(journal.record(number)["edits"]) if number else 0
+    edits = journal.edits(number)
     after = journal.weights_after(number)
     if format == "delta":
         about = {"edits": str(edits), "entry": str(manifest.get("entry")), "model": str(manifest["model"].get("name"))}

@@ -48,11 +48,7 @@ class Revisited:
     @property
     def edits(self) -> int:
         """How many edits the run has made."""
-        return self.edits_after(len(self.journal))
-
-    def edits_after(self, number: int) -> int:
-        """How many edits are in the weights after batch ``number``; 0 is before the first."""
-        return int(self.journal.record(number)["edits"]) if number else 0
+        return self.journal.edits()
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:

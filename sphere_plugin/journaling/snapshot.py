@@ -31,10 +31,6 @@ class Snapshot:
             for name, copy in self.tensors.items():
                 weights[name].copy_(copy)
 
-    def matches(self, weights: Mapping[str, Tensor]) -> bool:
-        """Whether every live weight equals its copy bit for bit."""
-        return all(torch.equal(copy, weights[name]) for name, copy in self.tensors.items())
-
 
 @contextmanager
 def all_or_nothing(weights: Mapping[str, Tensor]) -> Iterator[Snapshot]:

@@ -111,13 +111,16 @@ class Journal:
             expected = f"a journal of format {_FORMAT} or {_MASTERED}"
             raise CacheError(str(folder / _BASE), metadata.get("format"), expected, remedy)
         check_base(folder / _BASE, base, metadata)
-        journal = cls(folder, metadata)
-        journal._state = (0, journal.mastered.starting(base))
-        return journal
+        return cls(folder, metadata)
 
     def __len__(self) -> int:
         """How many batches are in it."""
         return self._count
+
+    def edits(self, number: int | None = None) -> int:
+        """How many edits are in the weights after batch ``number``; None: after the last one."""
+        number = len(self) if number is None else number
+        return int(self.record(number)["edits"]) if number else 0
 
     def record(self, number: int) -> dict[str, Any]:
         """What batch ``number``, from 1, did, as docs/run-folder.md says.
@@ -140,7 +143,10 @@ class Journal:
     def keys(self, number: int) -> Weights:
         """Name -> the keys [d_in, u] that batch ``number`` was appended with."""
         self._check_number(number, 1)
-        entries = tensors(self._path(number, "safetensors"), number)[0]
+        path = self._path(number, "safetensors")
+        if not any(name.endswith("/keys") for name in header(path, number)[0]):
+            return {}
+        entries = tensors(path, number)[0]
         return {name: entries[f"{name}/keys"] for name in self.names if f"{name}/keys" in entries}
 
     def factors(self, number: int) -> dict[str, Factors]:
@@ -151,7 +157,7 @@ class Journal:
         return {name: Factors(entries[f"{name}/left"], entries[f"{name}/right"]) for name in stored}
 
     def batch_at(self, edits: int) -> int:
-        """The number of the batch after which ``edits`` edits are in the weights; 0 for none.
+        """The number of the last batch after which ``edits`` edits are in the weights; 0 for none.
 
         Raises:
             ConfigError: there is none; the message names the nearest two numbers of edits.
@@ -159,15 +165,17 @@ class Journal:
         below, number = 0, 0
         while below < edits and number < len(self):
             number += 1
-            here = int(self.record(number)["edits"])
+            here = self.edits(number)
             if here > edits:
                 expected = "a number of edits between two batches"
                 raise ConfigError("the number of edits", edits, expected, f"The nearest are {below} and {here}.")
             below = here
         if below != edits:
-            last = int(self.record(len(self))["edits"]) if len(self) else 0
+            last = self.edits()
             remedy = f"{last} edits are in the journal."
             raise ConfigError("the number of edits", edits, f"a number from 0 to {last}", remedy)
+        while edits > 0 and number < len(self) and self.edits(number + 1) == edits:  # what somebody else wrote
+            number += 1
         return number
 
     def append(
@@ -266,7 +274,7 @@ class Journal:
         return place
 
     def _measured_later(self, number: int) -> list[Path]:
-        edits = int(self.record(number)["edits"]) if number else 0
+        edits = self.edits(number)
         found = [path for kind in MEASURED for path in (self.folder.parent / kind).glob("*.json")]
         later = [path for path in found if path.stem.isdigit() and int(path.stem) > edits]
         return sorted(later, key=lambda path: int(path.stem), reverse=True)

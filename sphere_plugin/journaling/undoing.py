@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from sphere_plugin.errors import CacheError
 from sphere_plugin.journaling.lock import run_lock
-from sphere_plugin.journaling.store import Journal
+from sphere_plugin.journaling.store import MEASURED, Journal
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ def undo(folder: Path, to: int) -> Undone:
     """
     if not (folder / "journal").is_dir():  # the lock would make a folder
         raise CacheError(str(folder), "no journal", "the folder of a run", "Give the folder that `--out` named.")
-    with run_lock(folder):
+    with ExitStack() as stack:
+        for place in (folder, *(folder / one for one in MEASURED if (folder / one / "lock").exists())):
+            stack.enter_context(run_lock(place))
         journal = Journal.open(folder / "journal")
         number, before = journal.batch_at(to), len(journal)
         kept = journal.truncate(number)

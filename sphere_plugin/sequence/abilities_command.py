@@ -86,7 +86,7 @@ def table(names: Sequence[str], found: Moments) -> list[str]:
 
 def _looked_up(folder: Path, at: str | None) -> _Run:
     journal, manifest = opened(folder)
-    last = int(journal.record(len(journal))["edits"]) if len(journal) else 0
+    last = journal.edits()
     points = [int(point) for point in manifest.get("checkpoints") or ()]
     wanted = moments_of(at) if at is not None else [point for point in {0, *points, last} if point <= last]
     moments = {edits: journal.fingerprint(journal.batch_at(edits)) for edits in sorted(wanted)}

@@ -101,7 +101,7 @@ class RunAudit:
         self.journal, self.manifest = opened(folder)
         self.entry = str(self.manifest.get("entry") or folder.name)
         self.label = str(self.manifest.get("label") or self.entry)
-        self.edits = int(self.journal.record(len(self.journal))["edits"]) if len(self.journal) else 0
+        self.edits = self.journal.edits()
         wanted = options.at or ((self.edits,) if self.edits else ())
         self.moments = [edits for edits in sorted(set(wanted)) if edits <= self.edits]
         self._batches = {edits: self.journal.batch_at(edits) for edits in self.moments}

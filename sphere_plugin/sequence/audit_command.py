@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.evaluation.audits import FOLDER, KINDS, TITLES, grown, lowered
@@ -105,12 +106,13 @@ def _row(one: RunAudit, edits: int, kind: str) -> list[str]:
 
 
 def _pairs(runs: Sequence[RunAudit], kind: str) -> list[str]:
-    """ΔU of x+sphere minus ΔU of x."""
-    plain = {one.entry: one for one in runs}
+    """ΔU of x+sphere minus ΔU of x in the same comparison."""
+    plain = {_place(one, one.entry): one for one in runs}
     lines = []
     for one in runs:
-        base = plain.get(one.entry.removesuffix("+sphere"))
-        if base is None or base is one:
+        entry = one.entry.removesuffix("+sphere")
+        base = plain.get(_place(one, entry))
+        if base is None or entry == one.entry:
             continue
         for edits in sorted(set(base.moments) & set(one.moments)):
             audits = (base.audits.get(0), base.audits.get(edits), one.audits.get(edits))
@@ -120,6 +122,11 @@ def _pairs(runs: Sequence[RunAudit], kind: str) -> list[str]:
                 told = f"{found.n} prompts, {edits} edits"
                 lines.append(f"SPHERE on {base.label}: ΔU {value}, 95 % from {low} to {high} ({told})")
     return lines
+
+
+def _place(one: RunAudit, entry: str) -> tuple[Path, object, str]:
+    """Where a run of ``entry`` on the same edits would be."""
+    return one.folder.parent, (one.manifest.get("data") or {}).get("order"), entry
 
 
 def _change(change: Change) -> list[str]:

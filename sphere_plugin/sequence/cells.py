@@ -13,12 +13,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Self
 
+from sphere_plugin.data import held_out
 from sphere_plugin.easyedit.blocks import numbers
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.models.stored import structure
 from sphere_plugin.sequence.compare import Task
-from sphere_plugin.sequence.demo import held_out
 from sphere_plugin.sequence.entries import OWN, hparams_of, label, parse, settings_of
 from sphere_plugin.sequence.manifest import data_digest
 from sphere_plugin.sequence.runner import check

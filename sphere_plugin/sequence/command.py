@@ -23,10 +23,10 @@ from sphere_plugin.parallel.ranks import Ranks
 from sphere_plugin.parsing import yaml_of
 from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
-from sphere_plugin.sequence.compare import COMPARISON, Ended, compare, refuse_used
+from sphere_plugin.sequence.compare import Ended, compare, refuse_used
 from sphere_plugin.sequence.crew import Crew
 from sphere_plugin.sequence.entries import label, parse
-from sphere_plugin.sequence.manifest import read_manifest
+from sphere_plugin.sequence.manifest import COMPARISON, read_manifest
 from sphere_plugin.sequence.plan import needs_of, plan
 from sphere_plugin.sequence.presets import preset
 from sphere_plugin.sequence.runner import check, resume, start
@@ -81,6 +81,9 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[int, list[str]]:
         _refuse_others(arguments)
         folder = user_path(arguments.resume).resolve()
         return _told(_resumed(folder, arguments, ranks), folder)
+    refuse_unguarded(arguments)
+    if arguments.scale is not None and arguments.preset is None:
+        raise ConfigError("--scale", arguments.scale, "a preset to scale", "Write --preset NAME, or --edits N.")
     settings = settings_of(arguments)
     check(settings)
     if arguments.plan:
@@ -113,10 +116,17 @@ def _planned(settings: RunSettings) -> tuple[int, list[str]]:
 def _refuse_others(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for settings beside --resume: a run goes on with its own."""
     for name, value in vars(arguments).items():
-        if name not in _ANY and value not in (None, False, []):
+        if name not in _ANY and not (value is None or value is False or value == []):
             flag = "a YAML" if name == "settings" else f"--{name.replace('_', '-')}"
             remedy = "Leave it out: a run goes on with the settings it began with."
             raise ConfigError("--resume", flag, "nothing but --jobs and --without-guard beside it", remedy)
+
+
+def refuse_unguarded(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for --without-guard on what has not begun."""
+    if arguments.without_guard:
+        remedy = "Leave it out, and the guard out of the YAML."
+        raise ConfigError("--without-guard", "a new run", "a run to go on with, by --resume", remedy)
 
 
 def settings_of(arguments: argparse.Namespace) -> RunSettings:
@@ -193,10 +203,11 @@ def _compared(path: Path) -> RunSettings:
 def _several(settings: RunSettings, out: Path, arguments: argparse.Namespace, ranks: Ranks) -> list[Ended]:
     guarded = not arguments.without_guard
     with tqdm(total=settings.edits * len(settings.entries), desc="edits") as bar:
-        return compare(settings, out, arguments.jobs, lambda done: _set(bar, done), guarded, ranks)
+        return compare(settings, out, arguments.jobs, lambda done: show(bar, done), guarded, ranks)
 
 
-def _set(bar: tqdm[Any], done: int) -> None:
+def show(bar: tqdm[Any], done: int) -> None:
+    """Put a progress bar to where the work is, which may be further back than it was."""
     bar.n = done
     bar.refresh()
 

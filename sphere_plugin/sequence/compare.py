@@ -20,12 +20,11 @@ from sphere_plugin.journaling import Journal
 from sphere_plugin.journaling.disk import numbered
 from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.sequence.guard import Events
-from sphere_plugin.sequence.manifest import NAME
+from sphere_plugin.sequence.manifest import COMPARISON, NAME
 from sphere_plugin.sequence.runner import Run, check, resume, start
 from sphere_plugin.sequence.settings import RunSettings
 from sphere_plugin.sequence.workers import logged, workers_environment
 
-COMPARISON: Final = "comparison.json"
 _EVERY: Final = 2.0  # seconds between two looks at how far the runs are
 
 
@@ -220,7 +219,7 @@ def _stopped(folder: Path) -> str | None:
     if not events.all() or events.off:
         return None
     journal = Journal.open(folder / "journal")
-    return events.stopped(int(journal.record(len(journal))["edits"]) if len(journal) else 0)
+    return events.stopped(journal.edits())
 
 
 def refuse_used(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_plugin.data import read_records
+from sphere_plugin.data import held_out, read_records
 from sphere_plugin.easyedit.hosted import open_editor
 from sphere_plugin.editing.aim import Aimed
 from sphere_plugin.errors import ConfigError
@@ -19,7 +19,6 @@ from sphere_plugin.evaluation import Quality
 from sphere_plugin.evaluation.scores import Scores
 from sphere_plugin.files import fingerprint, make_folder
 from sphere_plugin.parallel.ranks import ALONE, Ranks, led
-from sphere_plugin.sequence.demo import held_out
 from sphere_plugin.sequence.entrant import Done, Entrant, OwnEntrant, entrant_of
 from sphere_plugin.sequence.entries import absolute, hparams_of, settings_of
 from sphere_plugin.sequence.monitor import Monitor

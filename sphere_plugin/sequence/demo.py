@@ -22,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from sphere_plugin._version import __version__
-from sphere_plugin.data import own_text, read_records
+from sphere_plugin.data import read_records
 from sphere_plugin.easyedit.hparams import SphereHyperParams
 from sphere_plugin.easyedit.registration import register
-from sphere_plugin.errors import ConfigError, SphereError
+from sphere_plugin.errors import SphereError
 from sphere_plugin.evaluation import Quality
 from sphere_plugin.files import check_writable, make_folder, write_json
 from sphere_plugin.sequence.entries import absolute
@@ -220,18 +220,3 @@ def demo_hparams(path: Path, base_method: str, model: str | None) -> SphereHyper
     if hparams.base_method != base_method:
         changes |= {"base_method": base_method, "alpha": None}
     return cast(SphereHyperParams, absolute(dataclasses.replace(hparams, **changes)))
-
-
-def held_out(path: Path | None) -> str:
-    """The text perplexity is measured on."""
-    if path is None:
-        return own_text()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "--text", str(path), f"a text file ({error})", "Leave it out for the project's own."
-        ) from error
-    if len(text.split()) < 2:
-        raise ConfigError("--text", str(path), "a text of some words", "Leave it out for the project's own.")
-    return text

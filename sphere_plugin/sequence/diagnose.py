@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from sphere_plugin.data import held_out
 from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.config import ALPHA_OF, EditingConfig, check_number
 from sphere_plugin.editing.statistics import key_moments
@@ -23,7 +24,6 @@ from sphere_plugin.journaling.disk import plain
 from sphere_plugin.journaling.revisit import Revisited, opened, put
 from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
-from sphere_plugin.sequence.demo import held_out
 from sphere_plugin.sequence.finished import facts_of, moments_of, runs_in
 from sphere_plugin.sequence.hidden import Step, Strength, numbers
 from sphere_plugin.sequence.protected import EDITED, Keys, edited, protected
@@ -112,7 +112,7 @@ class Diagnosis:
         self._text = held_out(options.text or settings.text)
         self._records = facts_of(folder, self.manifest, options.data)
         self._strength = self._unprojected()
-        self.edits = int(self.journal.record(len(self.journal))["edits"]) if len(self.journal) else 0
+        self.edits = self.journal.edits()
         self.beyond = tuple(edits for edits in options.at or () if edits > self.edits)
         self.batches = self._wanted()
         check_writable(folder / FOLDER / SPACES)

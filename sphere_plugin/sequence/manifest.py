@@ -18,9 +18,11 @@ from typing import Any, Final
 import torch
 
 from sphere_plugin._version import __version__
+from sphere_plugin.data import held_out
 from sphere_plugin.errors import CacheError
 from sphere_plugin.journaling import revisit
 from sphere_plugin.journaling.disk import plain
+from sphere_plugin.paths import is_file, user_path
 from sphere_plugin.restraints import PruneConfig, RectConfig
 from sphere_plugin.sequence.entries import label
 from sphere_plugin.sequence.settings import RunSettings
@@ -29,6 +31,7 @@ _LOG = logging.getLogger("sphere_plugin")
 
 _DEFAULTS: Final = MappingProxyType({"master_copy": False, "stats_device": None, "bf16": False})
 NAME: Final = "manifest.json"
+COMPARISON: Final = "comparison.json"  # in the folder of several entries: its settings
 # What a run is continued with, and the keys in it.
 _PARTS: Final = MappingProxyType({"settings": (), "method": ("hparams",), "data": ("sha256",), "model": ("weights",)})
 
@@ -67,6 +70,8 @@ def manifest_of(
             "records": settings.edits,
             "order": settings.order,
         },
+        "text": digest(held_out(settings.text).encode()),
+        "corpus": _corpus(given.get("mom2_dataset")),
         "edits": settings.edits,
         "batch_size": settings.batch_size,
         "checkpoints": list(settings.checkpoints),
@@ -98,7 +103,18 @@ def surroundings() -> dict[str, Any]:
 def data_digest(path: Path | None) -> str:
     """SHA-256 of a file of facts; None: the project's own."""
     content = files("sphere_plugin.data").joinpath("facts.json").read_bytes() if path is None else path.read_bytes()
+    return digest(content)
+
+
+def digest(content: bytes) -> str:
+    """SHA-256."""
     return hashlib.sha256(content).hexdigest()
+
+
+def _corpus(source: object) -> str | None:
+    """SHA-256 of the file that key statistics are counted on; None where that is no file."""
+    path = user_path(str(source or ""))
+    return digest(path.read_bytes()) if source and is_file(path) else None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -135,6 +151,10 @@ def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) ->
         if then[part][key] != now[part][key]:
             remedy = "Continue with what the run began with, or begin a new one."
             raise CacheError(f"{folder}: {what}", now[part][key], f"{then[part][key]}, as in the manifest", remedy)
+    for key, what in (("text", "the held-out text"), ("corpus", "the text of the key statistics")):
+        if key in then and then[key] != now[key]:
+            remedy = "Put it back as it was, or begin a new run."
+            raise CacheError(f"{folder}: {what}", now[key], f"{then[key]}, as in the manifest", remedy)
     # A setting that the manifest's version did not know was what it is by default.
     old, new = ({**_DEFAULTS, **told["method"]["hparams"], "stats_dir": None} for told in (then, now))
     for key in sorted({*old, *new}):

@@ -17,14 +17,13 @@ from sphere_plugin.evaluation.abilities import PERPLEXITY, Score, Suite
 from sphere_plugin.files import read_json, write_json
 from sphere_plugin.journaling.disk import plain
 from sphere_plugin.models.placement import input_device
-from sphere_plugin.sequence.manifest import read_manifest, surroundings
+from sphere_plugin.sequence.manifest import COMPARISON, read_manifest, surroundings
 from sphere_plugin.sequence.settings import RunSettings
 
 _LOG = logging.getLogger("sphere_plugin")
 
 FOLDER: Final = "abilities"
 FORMAT: Final = 1
-_COMPARISON: Final = "comparison.json"
 
 
 class Abilities:
@@ -103,7 +102,7 @@ class Abilities:
 
     def _elsewhere(self, name: str, weights: str) -> dict[str, Any] | None:
         """A score of the unedited model in another entry of the same comparison."""
-        if self._folder is None or not (self._folder.parent / _COMPARISON).exists():
+        if self._folder is None or not (self._folder.parent / COMPARISON).exists():
             return None
         own = read_manifest(self._folder)["model"]
         for path in sorted(self._folder.parent.glob(f"*/{FOLDER}/{path_of(Path(), 0).name}")):

@@ -37,7 +37,7 @@ class Plan:
         editing: seconds.
         scoring: seconds, of all checkpoints and the unedited model.
         disk: bytes of the folder.
-        memory: bytes the process had at most during the probe.
+        memory: bytes the process has had at most by the end of the probe, earlier probes included.
         facts: how many the probe edited.
     """
 

@@ -12,9 +12,7 @@ from sphere_plugin.easyedit.method import Session
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.evaluation import Quality, Scores
 from sphere_plugin.geometry import hyperspherical_energy
-
-# The energies a checkpoint reports: s = 0 is the logarithmic one, s = 2 that of the paper's theorem.
-ORDERS = (0.0, 1.0, 2.0)
+from sphere_plugin.sequence.monitor import ORDERS
 
 
 @dataclass(frozen=True)

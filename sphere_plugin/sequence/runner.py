@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from sphere_plugin.data import Record, read_records
+from sphere_plugin.data import Record, held_out, read_records
 from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.evaluation import Quality
 from sphere_plugin.files import fingerprint, read_json, read_tensors, write_json, write_tensors
@@ -24,7 +24,6 @@ from sphere_plugin.journaling.disk import move, plain
 from sphere_plugin.journaling.store import orientations
 from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.sequence.crew import Crew
-from sphere_plugin.sequence.demo import held_out
 from sphere_plugin.sequence.entrant import AIMING, Entrant, OwnEntrant
 from sphere_plugin.sequence.entries import hparams_of, settings_of
 from sphere_plugin.sequence.guard import Events
@@ -167,15 +166,16 @@ class Run:
     def take_up(self, guarded: bool) -> None:
         """Put the model where the run was stopped."""
         self.journal = Journal.open(self.folder / "journal")
-        edits = self._edits(len(self.journal))
-        if self.guard and not guarded:
-            self.events.add(edits, "--without-guard", "off", edits)
-        self.guard = None if self.events.off else self.guard
+        edits = self.journal.edits()
+        off = self.guard is not None and not guarded
+        self.guard = None if off or self.events.off else self.guard
         stopped = self.events.stopped(edits)
         if self.guard and stopped is not None:
             remedy = "Continue with --without-guard, or take edits back with `sphere undo`."
             raise ConfigError("--resume", f"a run that its guard stopped: {stopped}", "a run to go on with", remedy)
         check_same(self.folder, read_manifest(self.folder), self._manifest())
+        if off:
+            self.events.add(edits, "--without-guard", "off", edits)
         self._follow(orientations(self.entrant.model, self.weights))
         number = len(self.journal)
         self.crew.put(self.journal.weights_after(number))
@@ -184,14 +184,14 @@ class Run:
     def go(self) -> Outcome:
         """Run to the end, or to where the guard stops it."""
         size, total, number = self.settings.batch_size, len(self.records), len(self.journal)
-        self._progress("edits", self._edits(number), total)
+        self._progress("edits", self.journal.edits(number), total)
         stopped = self._judge(number)
         while stopped is None and number * size < total:
             number += 1
             self._batch(number)
             self._progress("edits", min(size, total - (number - 1) * size), total)
             stopped = self._judge(number)
-        return Outcome(self._edits(len(self.journal)), stopped)
+        return Outcome(self.journal.edits(), stopped)
 
     # ---- one batch ----
 
@@ -217,9 +217,6 @@ class Run:
         self.journal.append(record, self.weights, done.updates, done.keys, self.entrant.masters)
         self._drop(number - 1)
 
-    def _edits(self, number: int) -> int:
-        return int(self.journal.record(number)["edits"]) if number else 0
-
     # ---- what restraints remember ----
 
     def _memory(self, number: int) -> Path:
@@ -241,14 +238,14 @@ class Run:
                 raise CacheError(str(path), about.get("format"), f"what a run remembers, of format {_MEMORY}", remedy)
             return tensors
         if number and path.parent.is_dir():
-            _LOG.warning("spaces are found anew after undoing: what follows differs in its last digits")
+            _LOG.warning("after undoing, spaces are found anew and random ones begin again: what follows differs")
         return {}
 
     # ---- checkpoints ----
 
     def _score(self, number: int) -> dict[str, Any] | None:
         """Score the model after batch ``number`` if that is due, and return the scores."""
-        edits = self._edits(number)
+        edits = self.journal.edits(number)
         path = self.folder / "checkpoints" / f"{edits:06d}.json"
         if edits and edits not in self.settings.checkpoints:
             return None
@@ -291,7 +288,7 @@ class Run:
 
     def _judge(self, number: int) -> str | None:
         """Score the model after batch ``number`` if that is due, and ask the guard; returns why the run ends."""
-        checkpoint, edits = self._score(number), self._edits(number)
+        checkpoint, edits = self._score(number), self.journal.edits(number)
         model, tokenizer = self.entrant.model, self.entrant.tokenizer
         self.abilities.measure(edits, self.journal.fingerprint(number), model, tokenizer, self._progress)
         if self.guard is None or not number:

@@ -43,7 +43,8 @@ class RunSettings:
         settings: entry, its base, or "all" -> key of its YAML -> value.
         guard: what to do when the run starts to collapse.
         abilities: what is measured of the rest of the model, and when; None: nothing.
-        seed: of everything random in a run but the order.
+        seed: of the sample that is scored, of the texts for fluency, and of EasyEdit's methods. What our own editor
+            draws, prefixes and generated text, has the `seed` of its YAML.
         preset: the preset these settings come from.
 
     Raises:

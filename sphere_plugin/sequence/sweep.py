@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from sphere_plugin.progress import Bars
 from sphere_plugin.report.page import NUMBERS, check_libraries, write_report
 from sphere_plugin.report.sweep import FILE, FORMAT
 from sphere_plugin.sequence.cells import SweepSettings, described
+from sphere_plugin.sequence.command import refuse_unguarded, show
 from sphere_plugin.sequence.compare import Ended, Task, refuse_used, run_all
 from sphere_plugin.sequence.entries import label
 from sphere_plugin.sequence.manifest import NAME
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
         check_libraries()
         folder = user_path(arguments.resume).resolve()
         return _go(taken_up(folder), folder, arguments)
+    refuse_unguarded(arguments)
     sweep = _settings_of(arguments)
     sweep.check()
     if arguments.plan:
@@ -108,7 +110,7 @@ def _settings_of(arguments: argparse.Namespace) -> SweepSettings:
 def _go(sweep: SweepSettings, folder: Path, arguments: argparse.Namespace) -> tuple[int, list[str]]:
     tasks = sweep.tasks(folder)
     with tqdm(total=sum(task.settings.edits for task in tasks), desc="edits") as bar:
-        ended = run_all(tasks, arguments.jobs, lambda done: _set(bar, done), not arguments.without_guard)
+        ended = run_all(tasks, arguments.jobs, lambda done: show(bar, done), not arguments.without_guard)
     found = _reported(folder, tasks)
     return _told(folder, tasks, ended, found)
 
@@ -135,8 +137,3 @@ def _told(
     whole = len(ended) - len(lines)
     told = [f"{whole} of {len(ended)} runs finished", *lines, "", *recommended, "", str(folder)]
     return int(bool(lines)), [*told, f"{folder / REPORT / 'report.html'}"]
-
-
-def _set(bar: tqdm[Any], done: int) -> None:
-    bar.n = done
-    bar.refresh()

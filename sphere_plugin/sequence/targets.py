@@ -11,7 +11,7 @@ import torch
 from sphere_plugin.editing.aim import Aimed
 from sphere_plugin.files import read_tensors, write_tensors
 from sphere_plugin.sequence.entrant import OwnEntrant
-from sphere_plugin.sequence.manifest import data_digest
+from sphere_plugin.sequence.manifest import COMPARISON, data_digest
 from sphere_plugin.sequence.settings import RunSettings
 
 NAME: Final = "targets.safetensors"
@@ -21,8 +21,9 @@ _PARTS: Final = ("values", "losses", "steps")
 class Targets:
     """The targets of a run's facts; found when first needed, which has to be before the first edit.
 
-    They lie beside the folders of the entries. Sharing is quick, and hides much of what restraints do: a target says
-    where a fact is to end up in a model that other edits have changed meanwhile.
+    They lie beside the folders of the entries of a comparison, or in that of a run alone. Sharing is quick, and hides
+    much of what restraints do: a target says where a fact is to end up in a model that other edits have changed
+    meanwhile.
 
     Args:
         folder: of the run.
@@ -34,11 +35,12 @@ class Targets:
     def __init__(
         self, folder: Path, settings: RunSettings, entrant: OwnEntrant, aim: Callable[[range], Aimed]
     ) -> None:
-        path = folder.parent / NAME
+        path = (folder.parent if (folder.parent / COMPARISON).exists() else folder) / NAME
         about = {
             "data": data_digest(settings.data),
             "order": str(settings.order),
             "edits": str(settings.edits),
+            "batch_size": str(settings.batch_size),  # last digits depend on who is aimed together
             "aiming": entrant.aiming(),
         }
         if path.exists():
