@@ -225,6 +225,7 @@ def test_what_somebody_else_writes_stays_or_goes_with_the_edits_before_it(bench:
         assert [j.store.record(number).get("outside", False) for number in range(1, 5)] == [False, True, False, True]
         j.undo()
         assert same(copies(editor.model), meddled)
+        assert (j.store.batch_at(1), j.store.batch_at(0)) == (2, 0), "what was changed before it stays"
         j.undo()
         assert same(copies(editor.model), before)
 

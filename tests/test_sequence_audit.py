@@ -16,6 +16,8 @@ from sphere_plugin.evaluation.audits import EDITED, NEIGHBOURS, grown, lowered, 
 from sphere_plugin.evaluation.paraphrases import source_of
 from sphere_plugin.evaluation.responses import Sampling
 from sphere_plugin.files import read_json, write_json
+from sphere_plugin.journaling import run_lock
+from sphere_plugin.journaling.undoing import undo
 from sphere_plugin.sequence.audit import Options, RunAudit
 from sphere_plugin.sequence.audit_command import run, table
 from sphere_plugin.sequence.runner import start
@@ -209,6 +211,25 @@ def test_wrong_moments_files_and_audits_are_refused(runs, tmp_path) -> None:
     write_json(path, {**read_json(path), "edited": [{}]})
     with pytest.raises(CacheError, match="as this package wrote it"):
         read_audits(one.folder)
+
+
+def test_sphere_is_compared_within_its_comparison(runs, tmp_path) -> None:
+    """Two orders of the same entries below one folder."""
+    for order in ("one", "two"):
+        shutil.copytree(runs, tmp_path / order)
+    ended = [audited(tmp_path / order / entry) for order in ("one", "two") for entry in ("memit", "memit+sphere")]
+    pairs = [line for line in table(ended, ()) if line.startswith("SPHERE on")]
+    alone = [line for line in table(ended[:2], ()) if line.startswith("SPHERE on")]
+    assert pairs == alone * 2 and len(alone) == 1
+
+
+def test_edits_are_not_taken_back_while_they_are_audited(runs) -> None:
+    audited(runs / "memit")
+    with run_lock(runs / "memit" / "audit"), pytest.raises(CacheError, match="held by process"):
+        undo(runs / "memit", 2)
+    assert audit(runs / "memit").edits == 6
+    undo(runs / "memit", 2)
+    assert audit(runs / "memit").edits == 2
 
 
 FLAGS = ("--facts", "2", "--samples", "2", "--tokens", "3", "--temperature", "1")

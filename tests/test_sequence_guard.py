@@ -12,8 +12,8 @@ from pico_runs import COLLAPSING, facts, files, live, mapping, place, prints, sc
 
 import sphere_plugin as sp
 from sphere_plugin.cli import main
-from sphere_plugin.errors import ConfigError
-from sphere_plugin.files import read_json
+from sphere_plugin.errors import CacheError, ConfigError
+from sphere_plugin.files import read_json, write_json
 from sphere_plugin.journaling import Journal
 from sphere_plugin.report.read import read_run
 from sphere_plugin.sequence import runner
@@ -86,6 +86,15 @@ def test_a_stopped_run_goes_on_without_its_guard_only(hparams: Path, unguarded: 
     done = files(tmp_path)
     assert main(["run", "--resume", str(tmp_path)]) == 0, "the guard stays off"
     assert files(tmp_path) == done
+
+
+def test_a_run_that_is_refused_keeps_its_guard(hparams: Path, tmp_path: Path) -> None:
+    start(sp_settings(hparams, energy=0.6), tmp_path)
+    manifest = read_json(tmp_path / "manifest.json")
+    write_json(tmp_path / "manifest.json", {**manifest, "contexts": ["other"]})
+    with pytest.raises(CacheError, match="prefixes"):
+        resume(tmp_path, guarded=False)
+    assert [event["action"] for event in read_json(tmp_path / "guard.json")["events"]] == ["stop"]
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,42 @@ def test_a_finished_run_is_left_as_it_is_and_not_begun_again(hparams: Path, tmp_
     assert "Continue it with --resume" in capsys.readouterr().err
     assert main(["run", "--resume", str(out), "--edits", "20"]) == 1
     assert "--resume: got '--edits', expected nothing but --jobs" in capsys.readouterr().err
+    for flag in ("--order", "--seed", "--fluency"):
+        assert main(["run", "--resume", str(out), flag, "0"]) == 1
+        assert f"--resume: got '{flag}', expected nothing but --jobs" in capsys.readouterr().err
     assert main(["run", "--resume", str(tmp_path / "nowhere")]) == 1
     assert "expected the folder of a run" in capsys.readouterr().err
     assert files(out) == before
+
+
+def test_flags_that_would_do_nothing_are_refused(hparams: Path, tmp_path: Path, capsys) -> None:
+    yaml, out = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit")), tmp_path / "out"
+    for flags, told in (
+        (("--scale", "0.5"), "--scale: got 0.5, expected a preset to scale"),
+        (("--without-guard",), "--without-guard: got 'a new run', expected a run to go on with, by --resume"),
+    ):
+        assert main(["run", str(yaml), "--out", str(out), *flags]) == 1
+        assert told in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_tilde_of_nobody_is_a_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["undo", "~nobody-of-that-name/run", "--to", "0"]) == 1
+    assert "sphere: ~nobody-of-that-name/run: got 'no journal'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "what"), [("text", "the held-out text"), ("mom2_dataset", "the text of the key")])
+def test_a_run_does_not_go_on_with_other_texts(key: str, what: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("Water boils at 100 degrees.\nLeo Tolstoy wrote novels.\n" * 20)
+    hparams = place(tmp_path / "place", mom2_dataset=str(corpus))
+    text = hparams.parents[2] / "text.txt"
+    start(settings(hparams, "memit", checkpoints=[], edits=2, text=text), tmp_path / "out")
+    resume(tmp_path / "out")
+    changed = text if key == "text" else corpus
+    changed.write_text(changed.read_text() + "One more line here.\n")
+    with pytest.raises(CacheError, match=f"{what}.*as in the manifest"):
+        resume(tmp_path / "out")
 
 
 def test_an_order_and_a_sample_are_what_their_seeds_say(hparams: Path, tmp_path: Path) -> None:

@@ -96,6 +96,14 @@ def test_what_an_entry_means_for_easyedit(tmp_path: Path) -> None:
     assert hparams_of("rome", here, None, {}).sphere is False, "the entry's name decides"
 
 
+def test_the_yaml_of_another_method_is_refused(tmp_path: Path) -> None:
+    hparams = place(tmp_path)
+    yaml = hparams.parents[1] / "FT" / "pico.yaml"
+    yaml.write_text((hparams.parents[1] / "ROME" / "pico.yaml").read_text())
+    with pytest.raises(ConfigError, match=r"alg_name in .*FT.pico\.yaml: got 'ROME', expected FT\."):
+        hparams_of("ft", hparams, None, {})
+
+
 def test_the_nearest_setting_wins() -> None:
     told = {"all": {"v_lr": 1, "L2": 1}, "memit": {"v_lr": 2}, "memit+sphere": {"v_lr": 3}}
     assert settings_of("memit+sphere", told) == {"v_lr": 3, "L2": 1}
