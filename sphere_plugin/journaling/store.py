@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -174,9 +175,15 @@ class Journal:
             last = self.edits()
             remedy = f"{last} edits are in the journal."
             raise ConfigError("the number of edits", edits, f"a number from 0 to {last}", remedy)
-        while edits > 0 and number < len(self) and self.edits(number + 1) == edits:  # what somebody else wrote
+        while edits and number < len(self) and self._outside(number + 1):
             number += 1
         return number
+
+    def _outside(self, number: int) -> bool:
+        """Whether batch ``number`` is what somebody else wrote; not if it cannot be read, for it may be undone."""
+        with suppress(CacheError):
+            return bool(self.record(number).get("outside"))
+        return False
 
     def append(
         self,
