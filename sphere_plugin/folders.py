@@ -13,6 +13,7 @@ from sphere_plugin.files import write_bytes
 from sphere_plugin.paths import user_path
 
 SUMS: Final = "SHA256SUMS"
+SWEEP: Final = "sweep.json"  # what makes a folder that of a sweep
 _EXPORT: Final = f"Export it again; if the change is your own, delete {SUMS}."
 
 

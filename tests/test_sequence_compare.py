@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pico_runs import (
@@ -28,7 +29,8 @@ from pico_runs import (
 import sphere_plugin as sp
 from sphere_plugin.cli import main
 from sphere_plugin.errors import ConfigError
-from sphere_plugin.files import read_json, read_tensors
+from sphere_plugin.evaluation import Quality
+from sphere_plugin.files import read_json, read_tensors, write_json
 from sphere_plugin.report.read import read_runs
 from sphere_plugin.sequence import compare as comparing
 from sphere_plugin.sequence import runner
@@ -76,6 +78,29 @@ def test_an_entry_that_fails_leaves_the_others_alone(hparams: Path, tmp_path: Pa
     assert all(after[name] == before[name] for name in before if name not in again)
     assert prints(out / "memit") == prints(tmp_path / "alone") and scores(out / "memit") == scores(tmp_path / "alone")
     assert sphere("run", yaml, "--out", out, cwd=tmp_path)[0] == 1, "a comparison is not begun twice"
+
+
+def test_the_unedited_model_is_scored_once(hparams: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored, score = [], Quality.score
+
+    def counted(self: Quality, edits: int, *args: object) -> Any:
+        scored.append(edits)
+        return score(self, edits, *args)
+
+    monkeypatch.setattr(Quality, "score", counted)
+    told = settings(hparams, "memit,memit+sphere,rect", checkpoints=[], edits=4, sample=2)
+    write_json(tmp_path / "out" / "comparison.json", told.plain())
+    start(told.for_entry("memit"), tmp_path / "out" / "memit")
+    start(told.for_entry("memit+sphere"), tmp_path / "out" / "memit+sphere")
+    assert len(scored) == 3  # the unedited model, and both edited ones
+    first, second = (read_json(tmp_path / "out" / entry / "checkpoints" / "000000.json") for entry in told.entries[:2])
+    assert second.pop("from") == "memit"
+    assert first == second
+    asked_else = settings(hparams, "rect", checkpoints=[], edits=4, sample=3)
+    start(asked_else, tmp_path / "out" / "rect")
+    start(told.for_entry("rect"), tmp_path / "alone" / "rect")
+    assert len(scored) == 7
+    assert scores(tmp_path / "alone" / "rect")[0] == scores(tmp_path / "out" / "memit")[0], "it makes no difference"
 
 
 @forks

@@ -23,6 +23,7 @@ from sphere_plugin.journaling import Journal, run_lock
 from sphere_plugin.journaling.disk import move, plain
 from sphere_plugin.journaling.store import orientations
 from sphere_plugin.parallel.ranks import ALONE, Ranks
+from sphere_plugin.sequence.beside import unedited_scores
 from sphere_plugin.sequence.crew import Crew
 from sphere_plugin.sequence.entrant import AIMING, Entrant, OwnEntrant
 from sphere_plugin.sequence.entries import hparams_of, settings_of
@@ -246,14 +247,26 @@ class Run:
     def _score(self, number: int) -> dict[str, Any] | None:
         """Score the model after batch ``number`` if that is due, and return the scores."""
         edits = self.journal.edits(number)
-        path = self.folder / "checkpoints" / f"{edits:06d}.json"
+        name = f"checkpoints/{edits:06d}.json"
+        path = self.folder / name
         if edits and edits not in self.settings.checkpoints:
             return None
         if not path.exists():
-            write_json(path, plain(self._checkpoint(number, edits)))
+            known = None if edits else unedited_scores(self.folder, read_manifest(self.folder), name)
+            write_json(path, plain(self._checkpoint(number, edits, known or self._said(edits))))
         return dict(read_json(path))
 
-    def _checkpoint(self, number: int, edits: int) -> dict[str, Any]:
+    def _checkpoint(self, number: int, edits: int, said: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "edits": edits,
+            "seconds": sum(float(self.journal.record(batch)["seconds"]) for batch in range(1, number + 1)),
+            "energy": {name: one["energy"] for name, one in self.crew.energies().items()},
+            "weights": self.monitor.checkpoint(self.weights),
+            **said,
+        }
+
+    def _said(self, edits: int) -> dict[str, Any]:
+        """What the model says after so many edits: scores, and case studies."""
         asked = edits or self.settings.edits  # the unedited model is asked what the last one will be
         which, fluency = self._sampled(asked), self.settings.fluency if asked == self.settings.edits else 0
         total = self.quality.prompts(asked, which, fluency)
@@ -262,12 +275,8 @@ class Run:
         cases = range(min(CASES, len(self.records)))
         texts = self.crew.texts(cases, CASE_TOKENS)
         return {
-            "edits": edits,
-            "seconds": sum(float(self.journal.record(batch)["seconds"]) for batch in range(1, number + 1)),
             "scored": list(scores.scored),
             "scores": {**scores.columns(), "nll": scores.nll},
-            "energy": {name: one["energy"] for name, one in self.crew.energies().items()},
-            "weights": self.monitor.checkpoint(self.weights),
             "cases": [{**_fact(self.records[n]), "text": text} for n, text in zip(cases, texts, strict=True)],
         }
 
