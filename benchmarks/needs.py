@@ -36,7 +36,7 @@ from sphere_plugin.editing.budget import Batch, Budget, Shape
 from sphere_plugin.editing.requests import read_requests
 from sphere_plugin.editing.statistics import key_moments
 from sphere_plugin.journaling import Journal
-from sphere_plugin.journaling.store import orientations
+from sphere_plugin.journaling.batch import orientations
 
 LAYERS = [1, 2]
 TEXTS = 40  # for key statistics, of so many random letters each

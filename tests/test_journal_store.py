@@ -23,8 +23,7 @@ from sphere_plugin.files import fingerprint, read_json, write_json
 from sphere_plugin.geometry import Factors, neurons
 from sphere_plugin.journaling import Journal, run_lock
 from sphere_plugin.journaling import batch as batches
-from sphere_plugin.journaling.batch import same_bits
-from sphere_plugin.journaling.store import orientations
+from sphere_plugin.journaling.batch import orientations, same_bits
 
 ROOT = Path(sp.__file__).parents[1]
 

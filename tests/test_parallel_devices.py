@@ -25,7 +25,7 @@ from sphere_plugin.evaluation.decoder import Decoder
 from sphere_plugin.evaluation.responses import Sampling, respond
 from sphere_plugin.files import fingerprint
 from sphere_plugin.journaling import Journal
-from sphere_plugin.journaling.store import orientations
+from sphere_plugin.journaling.batch import orientations
 from sphere_plugin.models.placement import device_of, input_device, settle, with_values
 from sphere_plugin.restraints import PruneConfig, RectConfig
 from sphere_plugin.sequence.monitor import Monitor

@@ -20,8 +20,8 @@ from sphere_plugin.easyedit.targets import unrestrained_writes, weights_of
 from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.files import write_json
 from sphere_plugin.journaling import Journal, all_or_nothing, run_lock
+from sphere_plugin.journaling.batch import orientations
 from sphere_plugin.journaling.exporting import Exported, Format, export_batches
-from sphere_plugin.journaling.store import orientations
 from sphere_plugin.paths import user_path
 
 Weights = dict[str, nn.Parameter]

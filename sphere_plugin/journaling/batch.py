@@ -17,16 +17,22 @@ from types import MappingProxyType
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sphere_plugin.errors import ModelError
 from sphere_plugin.geometry import Factors, neurons
-from sphere_plugin.geometry.neurons import stored
+from sphere_plugin.geometry.neurons import is_transposed, stored
 
 # An update as a batch reports it: only factors take less room than the weight itself.
 Update = Factors | Tensor
 
 _INTEGERS: Final = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64})
+
+
+def orientations(model: nn.Module, names: Mapping[str, object]) -> dict[str, bool]:
+    """For each parameter of ``model``, whether it is a matrix that is stored as [d_in, d_out]."""
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    return {n: model.get_parameter(n).dim() == 2 and is_transposed(owner) for n, owner in owners.items()}
 
 
 def bits(tensor: Tensor) -> Tensor:

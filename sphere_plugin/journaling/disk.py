@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -13,6 +13,16 @@ from torch import Tensor
 from sphere_plugin.errors import CacheError
 from sphere_plugin.files import json_digest, read_json, read_tensors
 from sphere_plugin.parsing import json_of
+
+# Folders of a run whose files are named by the number of edits they were measured after.
+MEASURED: Final = ("checkpoints", "abilities", "audit", "diagnostics")
+
+
+def measured_later(folder: Path, edits: int) -> list[Path]:
+    """The files in the folder of a run that say what was measured after more than ``edits`` edits, the last first."""
+    found = [path for kind in MEASURED for path in (folder / kind).glob("*.json") if path.stem.isdigit()]
+    later = [path for path in found if int(path.stem) > edits]
+    return sorted(later, key=lambda path: int(path.stem), reverse=True)
 
 
 def numbered(folder: Path) -> list[int]:

@@ -17,27 +17,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.files import fingerprint, json_digest, write_json, write_tensors
 from sphere_plugin.geometry import Factors
-from sphere_plugin.geometry.neurons import is_transposed
+from sphere_plugin.journaling import disk
 from sphere_plugin.journaling.batch import Update, encode, on_threads, replayed
-from sphere_plugin.journaling.disk import check_base, free_place, header, move, numbered, plain, read_record, tensors
+from sphere_plugin.journaling.disk import header, move, numbered, plain, read_record, tensors
 from sphere_plugin.journaling.mastered import Mastered, Weights
 
 _BASE: Final = "base.safetensors"
 _FORMAT: Final = "1"
 _MASTERED: Final = "2"  # the format of a journal with master copies
-# Folders of a run whose files are named by the number of edits they were measured after.
-MEASURED: Final = ("checkpoints", "abilities", "audit", "diagnostics")
-
-
-def orientations(model: nn.Module, names: Mapping[str, object]) -> dict[str, bool]:
-    """For each parameter of ``model``, whether it is a matrix that is stored as [d_in, d_out]."""
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    return {n: model.get_parameter(n).dim() == 2 and is_transposed(owner) for n, owner in owners.items()}
 
 
 class Journal:
@@ -111,7 +103,7 @@ class Journal:
             remedy = "Read it with the version of sphere-plugin that wrote it."
             expected = f"a journal of format {_FORMAT} or {_MASTERED}"
             raise CacheError(str(folder / _BASE), metadata.get("format"), expected, remedy)
-        check_base(folder / _BASE, base, metadata)
+        disk.check_base(folder / _BASE, base, metadata)
         return cls(folder, metadata)
 
     def __len__(self) -> int:
@@ -267,8 +259,8 @@ class Journal:
             The folder where they are now; None if there were none, or they were deleted.
         """
         self._check_number(number)
-        later = self._measured_later(number) if number < len(self) else []
-        place = free_place(self.folder.parent / "undone") if keep and number < len(self) else None
+        later = disk.measured_later(self.folder.parent, self.edits(number)) if number < len(self) else []
+        place = disk.free_place(self.folder.parent / "undone") if keep and number < len(self) else None
         for path in later:
             move(path, None if place is None else place / path.parent.name / path.name)
         for batch in range(len(self), number, -1):
@@ -279,12 +271,6 @@ class Journal:
         if self._state is not None and self._state[0] > number:
             self._state = None
         return place
-
-    def _measured_later(self, number: int) -> list[Path]:
-        edits = self.edits(number)
-        found = [path for kind in MEASURED for path in (self.folder.parent / kind).glob("*.json")]
-        later = [path for path in found if path.stem.isdigit() and int(path.stem) > edits]
-        return sorted(later, key=lambda path: int(path.stem), reverse=True)
 
     def _path(self, number: int, kind: str) -> Path:
         return self.folder / f"{number:06d}.{kind}"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sphere_plugin.errors import CacheError
+from sphere_plugin.journaling.disk import MEASURED
 from sphere_plugin.journaling.lock import run_lock
-from sphere_plugin.journaling.store import MEASURED, Journal
+from sphere_plugin.journaling.store import Journal
 
 
 @dataclass(frozen=True)

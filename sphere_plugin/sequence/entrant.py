@@ -18,7 +18,7 @@ from sphere_plugin.files import fingerprint
 from sphere_plugin.geometry import Factors
 from sphere_plugin.geometry.neurons import neurons
 from sphere_plugin.journaling import Snapshot
-from sphere_plugin.journaling.store import orientations
+from sphere_plugin.journaling.batch import orientations
 from sphere_plugin.parallel.ranks import ALONE, Ranks
 
 # Settings that targets depend on.

@@ -20,8 +20,8 @@ from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.evaluation import Quality
 from sphere_plugin.files import fingerprint, read_json, read_tensors, write_json, write_tensors
 from sphere_plugin.journaling import Journal, run_lock
+from sphere_plugin.journaling.batch import orientations
 from sphere_plugin.journaling.disk import move, plain
-from sphere_plugin.journaling.store import orientations
 from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.sequence.beside import unedited_scores
 from sphere_plugin.sequence.crew import Crew
