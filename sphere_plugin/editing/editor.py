@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from sphere_plugin.editing.account import EditReport, LayerReport, Touched, log_apply, warn_of_rounding
 from sphere_plugin.editing.aim import Aimed, aim
 from sphere_plugin.editing.anatomy import Anatomy, Rewrite
-from sphere_plugin.editing.checks import check_attention, check_device, check_losses, check_tokens
+from sphere_plugin.editing.checks import (
+    check_attention,
+    check_device,
+    check_losses,
+    check_prefixed,
+    check_tokens,
+)
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.contexts import Contexts
 from sphere_plugin.editing.corpus import check_source
@@ -160,7 +166,7 @@ class Editor:
             aimed: their targets, where they are known; None finds them for the weights as they are now.
 
         Raises:
-            RequestError: a request cannot be edited; raised before any computation.
+            RequestError: a request cannot be edited; raised before anything is computed but the prefixes.
             ModelError: a weight, a loss or an update is not finite. The weights are then as they were before the call.
         """
         facts = self._facts(requests)
@@ -299,10 +305,11 @@ class Editor:
         self._history.settle(now)
 
     def _facts(self, requests: Sequence[Mapping[str, Any]]) -> list[Fact]:
-        """The requests, checked as far as they can be before any computation; and the weights."""
+        """The requests, checked before anything is computed but the prefixes; and the weights."""
         facts = read_requests(requests)
         check_tokens(facts, self.locator, self.anatomy.model)
         self.anatomy.check_finite()
+        check_prefixed(facts, self.locator, self.anatomy.model, self.contexts.prefixes)
         return facts
 
     def _aim(self, facts: Sequence[Fact]) -> Aimed:
