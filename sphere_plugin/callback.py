@@ -156,7 +156,7 @@ class SphereCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
     def _project(self) -> None:
         """Project what all guarded matrices have changed by; none of them if one holds NaN or infinity."""
         for name, guard in self._guards.items():
-            if not all_finite(guard.owner.weight):  # which the projection would spread over its row
+            if not all_finite(guard.matrix):  # which the projection would spread over its row
                 remedy = "Load a checkpoint from before training diverged, and lower the learning rate."
                 raise ModelError(f"the trained weight of {name}", "NaN or infinite entries", "finite entries", remedy)
         for guard in self._guards.values():

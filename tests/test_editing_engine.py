@@ -271,3 +271,14 @@ def test_a_prompt_that_a_prefix_makes_longer_than_the_model_takes_is_refused() -
         with pytest.raises(RequestError, match=r"requests\[1\].prompt: got '2\d\d tokens, with a prefix.*at most 256"):
             call([REQUESTS[1], request])
     assert prefixed._solvers is None, "statistics were counted for it"
+
+
+def test_a_float64_model_is_refused() -> None:
+    """Its edited weights were rounded to float32, and that was told as no loss."""
+    model, tokenizer = pico("llama")
+    expected = (
+        r"layers.1.mlp.down_proj.weight: got torch.float64, expected floating point numbers of 32 or 16 bits.*float"
+    )
+    with pytest.raises(ModelError, match=expected):
+        Editor(model.double(), tokenizer, pico_config("llama"))
+    Editor(model.float(), tokenizer, pico_config("llama"))
