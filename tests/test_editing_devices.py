@@ -221,7 +221,7 @@ class Stopped(Exception):
 def test_a_stopped_count_goes_on_with_its_sums_on_another_device(
     first: str | None, second: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "_BATCH_TOKENS", 12)
+    monkeypatch.setattr(statistics, "BATCH_TOKENS", 12)
     monkeypatch.setattr(unfinished, "EVERY", 0.0)
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
