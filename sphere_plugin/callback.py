@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 
 from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.geometry import is_transposed, neurons
+from sphere_plugin.geometry.checks import all_finite
 from sphere_plugin.peft import check_adapter, check_layer, lora_layers, project_layers
 from sphere_plugin.projection import LayerProjection, ProjectionReport, reported
 from sphere_plugin.restraints import BoundRestraint, SphereConfig
@@ -66,7 +67,8 @@ class SphereCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
         ConfigError: ``when`` or ``weights`` is none of these. When training begins, before anything is changed:
             nothing matches; it resumes from a checkpoint and the start would be needed; `project_adapter` would
             refuse the adapter.
-        ModelError: a layer that cannot be projected, or a weight that is no longer finite.
+        ModelError: a layer that cannot be projected; after a step or at the end a weight that is no longer finite,
+            and nothing is projected then.
     """
 
     def __init__(self, config: SphereConfig | None = None, weights: Weights | None = None, when: When = "end") -> None:
@@ -112,8 +114,7 @@ class SphereCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Project the step, with when="step"."""
         if self.when == "step":
-            for guard in self._guards.values():
-                guard.project()
+            self._project()
 
     @torch.no_grad()
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -122,9 +123,11 @@ class SphereCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
             self.report = ProjectionReport(self._adapter, {})
             return
         layers = {}
+        if self._adapter is not None:
+            for name, layer in self._lora.items():
+                check_layer(name, layer, self._adapter)
         if self.when == "end":
-            for guard in self._guards.values():
-                guard.project()
+            self._project()
             if self._adapter is not None:
                 projected = project_layers(self._lora, self._adapter, self.config)
                 layers = {name: layer for name, (_, layer) in projected.items()}
@@ -149,6 +152,15 @@ class SphereCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
         for name, raw in self._raw.items():
             self._lora[name].lora_A[self._adapter].weight.copy_(raw)
         self._raw = {}
+
+    def _project(self) -> None:
+        """Project what all guarded matrices have changed by; none of them if one holds NaN or infinity."""
+        for name, guard in self._guards.items():
+            if not all_finite(guard.matrix):  # which the projection would spread over its row
+                remedy = "Load a checkpoint from before training diverged, and lower the learning rate."
+                raise ModelError(f"the trained weight of {name}", "NaN or infinite entries", "finite entries", remedy)
+        for guard in self._guards.values():
+            guard.project()
 
 
 @dataclass

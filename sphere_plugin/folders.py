@@ -1,4 +1,4 @@
-"""What is in a folder: folders below it that are of a kind, and whether its files are still what they were."""
+"""What is in a folder: nothing yet, folders of a kind below it, files that are still what they were."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from sphere_plugin.errors import CacheError
+from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.files import write_bytes
 from sphere_plugin.paths import user_path
 
@@ -26,6 +26,13 @@ def find_folders(path: Path, name: str) -> list[Path]:
             below.clear()
         below[:] = sorted(name for name in below if not name.startswith("."))
     return found
+
+
+def refuse_existing(target: Path) -> bool:
+    """Raise ConfigError if something is there; for ``atomic_folder``, which asks whether to keep it, never True."""
+    if target.exists():
+        raise ConfigError("the target", str(target), "a path where nothing is", "Choose another folder, or remove it.")
+    return False
 
 
 def sums(folder: Path) -> dict[str, str]:

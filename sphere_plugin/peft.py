@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sphere_plugin.errors import ConfigError, HostError, ModelError, SphereError
 from sphere_plugin.files import atomic_folder, read_json, read_tensors, write_json, write_tensors
-from sphere_plugin.folders import check_sums
+from sphere_plugin.folders import check_sums, refuse_existing
 from sphere_plugin.geometry import Factors, PrincipalSpace, is_transposed, neurons
 from sphere_plugin.models import load_model
 from sphere_plugin.projection import LayerProjection, ProjectionReport, reported
@@ -319,13 +319,6 @@ def save_lora(folder: Path, updates: Mapping[str, Factors], transposed: bool, ba
         sides[f"base_model.model.{titles[name]}.lora_A.weight"] = factors.right.T
         sides[f"base_model.model.{titles[name]}.lora_B.weight"] = factors.left
     write_tensors(folder / "adapter_model.safetensors", sides, {"format": "pt"})
-
-
-def refuse_existing(target: Path) -> bool:
-    """Raise ConfigError if something is there; for ``atomic_folder``, which asks whether to keep it, never True."""
-    if target.exists():
-        raise ConfigError("the target", str(target), "a path where nothing is", "Choose another folder, or remove it.")
-    return False
 
 
 def _wrong_base(base: str, source: Path, why: str) -> ModelError:

@@ -173,7 +173,7 @@ def count(folder: Path) -> dict[int, str]:
     texts = str(folder / "words.txt")
     config = pico_config("llama", mom2_dataset=texts, mom2_n_samples=12, stats_dir=str(folder / "counted"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "_BATCH_TOKENS", 40)
+        patch.setattr(statistics, "BATCH_TOKENS", 40)
         moments = statistics.key_moments(Anatomy.of(model()[0], config), model()[1], config)
     return {layer: fingerprint([("", moment)]) for layer, moment in moments.items()}
 

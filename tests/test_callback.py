@@ -12,6 +12,7 @@ from pico import pico
 from torch import Tensor, nn
 
 from sphere_plugin.callback import SphereCallback
+from sphere_plugin.errors import ModelError
 from sphere_plugin.restraints import SphereConfig
 
 LAYER = {"llama": "model.layers.2.mlp.down_proj", "gpt2": "transformer.h.2.mlp.c_proj"}
@@ -192,6 +193,31 @@ def test_every_layer_has_its_own() -> None:
     assert lost == sorted(lost) and lost[3] > 10 * lost[0]
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("when", ["step", "end"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_weight_that_is_not_finite_is_refused_and_nothing_is_projected(kind: str, when: str, wrong: float) -> None:
+    """A single NaN used to take its whole row with it."""
+    model, _ = pico(kind)
+    name = LAYER[kind].rpartition(".")[2]
+    weights = [module.weight for title, module in model.named_modules() if title.endswith(f"mlp.{name}")]
+    callback = SphereCallback(SphereConfig(), [f"mlp.{name}"], when)
+    callback.on_train_begin(None, SimpleNamespace(global_step=0), None, model=model)
+    with torch.no_grad():
+        for weight in weights:
+            weight += 1e-2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        weights[2][3, 4] = wrong
+    before = [weight.detach().clone() for weight in weights]
+    end = callback.on_optimizer_step if when == "step" else callback.on_train_end
+    with pytest.raises(
+        ModelError, match=rf"trained weight of {LAYER[kind]}: got 'NaN or infinite.*before training div"
+    ):
+        end(None, None, None)
+    assert len(weights) == 4
+    for weight, old in zip(weights, before, strict=True):
+        torch.testing.assert_close(weight, old, rtol=0, atol=0, equal_nan=True)
+
+
 # ---- LoRA ----
 
 
@@ -241,3 +267,17 @@ def test_a_lora_that_is_projected_at_the_end_loses_what_its_update_does(dtype: t
         assert found == pytest.approx(float((written - exact).norm() / exact.norm()), rel=2e-3)
         assert 1e-4 < found < 1e-2
         assert found != pytest.approx(float((now - alone).norm() / alone.norm()), rel=2e-3)
+
+
+@pytest.mark.parametrize(("when", "side"), [("end", "A"), ("end", "B"), ("step", "B")])
+def test_a_lora_that_is_not_finite_is_refused(when: str, side: str) -> None:
+    model, weights, callback = adapted(torch.float32, when)
+    callback.on_train_begin(None, SimpleNamespace(global_step=0), None, model=model)
+    layer = model.get_submodule(f"base_model.model.{LAYER['llama']}")
+    with torch.no_grad():
+        (layer.lora_A if side == "A" else layer.lora_B)["default"].weight[0, 0] = float("nan")
+    before = [weight.detach().clone() for weight in weights]
+    with pytest.raises(ModelError, match=rf"{side} of base_model\.model\.{LAYER['llama']}: got 'NaN or infinite"):
+        SphereCallback.on_train_end(callback, None, None, None)
+    for weight, old in zip(weights, before, strict=True):
+        torch.testing.assert_close(weight, old, rtol=0, atol=0, equal_nan=True)

@@ -143,9 +143,9 @@ def test_closed_forms_lie_beside_their_statistics_and_updates_beside_their_weigh
                 kept = tensors_of(solvers._own[layer])
                 assert {one.device for one in kept} == {place} and {one.dtype for one in kept} == {torch.float64}
             solvers.learn({layer: torch.ones(64, 2) for layer in anatomy.rewrites})
-            solvers.remember([{layer: torch.ones(64, 1, device=ONE) for layer in anatomy.rewrites}])
+            solvers.remember({layer: torch.ones(64, 1, device=ONE) for layer in anatomy.rewrites})
         if base == "AlphaEdit":
-            assert all(one.shape[1] == 2 + 1 for one in (tensors_of(s)[2] for s in solvers._own.values()))
+            assert all(one.shape[1] == 1 for one in (tensors_of(s)[2] for s in solvers._own.values()))
 
 
 # ---- that results are the same ----
@@ -174,7 +174,8 @@ def test_another_editor_goes_on_with_its_statistics_elsewhere(base: str) -> None
     with Places():
         first = Editor(model, tokenizer, pico_config("llama", base_method=base))
         begun = first.apply(REQUESTS[:2])
-        assert {layer: keys.device for layer, keys in begun.keys.items()} == {1: ONE, 2: TWO}
+        remembered = {1: ONE, 2: TWO} if base == "AlphaEdit" else {}
+        assert {layer: keys.device for layer, keys in begun.keys.items()} == remembered
         after = {name: weight.detach().clone() for name, weight in first.anatomy.weights.items()}
         known = first.memory()
         first.restore()
@@ -220,7 +221,7 @@ class Stopped(Exception):
 def test_a_stopped_count_goes_on_with_its_sums_on_another_device(
     first: str | None, second: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "_BATCH_TOKENS", 12)
+    monkeypatch.setattr(statistics, "BATCH_TOKENS", 12)
     monkeypatch.setattr(unfinished, "EVERY", 0.0)
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")

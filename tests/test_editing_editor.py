@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +64,7 @@ def matrices(kind: str, editor: Editor) -> dict[int, Tensor]:
     return {n: weight.T if kind == "gpt2" else weight for n, weight in weights.items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -517,6 +517,52 @@ def test_a_foreign_change_of_the_weights_is_said_and_earlier_keys_are_forgotten(
     assert ["keys of earlier edits are forgotten" in record.getMessage() for record in caplog.records] == [True]
     newcomer.apply(SECOND)
     assert same(stored(editor), stored(newcomer))
+
+
+# ---- going on ----
+
+
+def test_after_resume_no_state_of_before_is_known_but_that_before_any_edit(caplog: pytest.LogCaptureFixture) -> None:
+    """The weights once stood before batch 3; what the solvers know now is not what they knew then."""
+    editor, newcomer = make(), make()
+    newcomer.prepare()
+    keys, states = [], [Snapshot.take(editor.anatomy.weights)]
+    for batch in (REQUESTS, SECOND, THIRD):
+        keys.append(editor.apply(batch).keys)
+        states.append(Snapshot.take(editor.anatomy.weights))
+    states[1].restore(editor.anatomy.weights)
+    editor.resume(keys[:1])
+    for one in (editor, newcomer):
+        states[2].restore(one.anatomy.weights)
+        one.apply(ENDING)
+    assert caplog.text.count("keys of earlier edits are forgotten") == 2
+    assert same(stored(editor), stored(newcomer))
+    states[1].restore(editor.anatomy.weights)
+    editor.resume(keys[:1])
+    states[0].restore(editor.anatomy.weights)
+    editor.apply(REQUESTS)
+    assert same(editor.anatomy.weights, states[1].tensors)
+    assert caplog.text.count("keys of earlier edits are forgotten") == 2
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_memit_reads_no_keys_twice_and_goes_on_without_them(
+    given: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many batches without keys it is told of."""
+    first, second = make(base_method="MEMIT"), make(base_method="MEMIT")
+    second.prepare()
+    read: list[int] = []
+    original = KeyReader.read
+    monkeypatch.setattr(KeyReader, "read", lambda self, layer: [read.append(layer), original(self, layer)][1])
+    keys = [first.apply(batch).keys for batch in (REQUESTS, SECOND)]
+    assert keys == [{}, {}] and read == [1, 2, 1, 2]
+    Snapshot.take(first.anatomy.weights).restore(second.anatomy.weights)
+    second.resume(keys[:given])
+    for one in (first, second):
+        one.apply(THIRD)
+    assert same(stored(first), stored(second))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 # ---- a batch that fails ----

@@ -253,3 +253,32 @@ def test_a_prompt_longer_than_a_window_of_attention_is_refused() -> None:
         editor.apply(REQUESTS)
     model.config.use_sliding_window = False
     editor.apply(REQUESTS)
+
+
+def test_a_prompt_that_a_prefix_makes_longer_than_the_model_takes_is_refused() -> None:
+    """It ended in an IndexError of the position embeddings."""
+    locator = parts("gpt2")[-1]
+    words, request = 0, dict(REQUESTS[0])
+    while len(locator.aimed(read_requests([request])[0]).ids) < 256:  # the pico models' limit
+        words += 1
+        request["prompt"] = "a" + " a" * words + " {} is in the city of"
+    assert len(locator.aimed(read_requests([request])[0]).ids) == 256
+    bare, prefixed = (
+        Editor(*pico("gpt2"), pico_config("gpt2", context_template_length_params=p)) for p in ([], [[5, 2]])
+    )
+    bare.apply([request])
+    for call in (prefixed.apply, prefixed.aim):
+        with pytest.raises(RequestError, match=r"requests\[1\].prompt: got '2\d\d tokens, with a prefix.*at most 256"):
+            call([REQUESTS[1], request])
+    assert prefixed._solvers is None, "statistics were counted for it"
+
+
+def test_a_float64_model_is_refused() -> None:
+    """Its edited weights were rounded to float32, and that was told as no loss."""
+    model, tokenizer = pico("llama")
+    expected = (
+        r"layers.1.mlp.down_proj.weight: got torch.float64, expected floating point numbers of 32 or 16 bits.*float"
+    )
+    with pytest.raises(ModelError, match=expected):
+        Editor(model.double(), tokenizer, pico_config("llama"))
+    Editor(model.float(), tokenizer, pico_config("llama"))

@@ -124,6 +124,19 @@ def test_what_is_not_remembered_was_never_there() -> None:
         assert torch.equal(one.right, two.right) and torch.equal(one.left, two.left)
 
 
+@pytest.mark.parametrize("facts", [3, 100])  # together they would be cut elsewhere than between batches
+def test_keys_learned_one_batch_after_the_other_leave_what_editing_in_between_leaves(facts: int) -> None:
+    """A run that is resumed learns the keys of all batches before its first update."""
+    live, resumed = (AlphaEdit(moment(), threshold=1e-1, ridge=2.0, layer=0) for _ in range(2))
+    keys, residuals = [randn(D_IN, facts, seed=batch) for batch in range(6)], randn(D_OUT, facts)
+    for batch in keys:
+        live.update(batch, residuals)
+        for solver in (live, resumed):
+            solver.remember(solver.with_keys(batch))
+    one, two = (solver.update(keys[0], residuals) for solver in (live, resumed))
+    assert torch.equal(live._past.factor, resumed._past.factor) and torch.equal(one.right, two.right)
+
+
 def test_an_older_past_can_be_put_back() -> None:
     solver = AlphaEdit(moment(), threshold=1e-3, ridge=2.0, layer=0)
     keys, residuals = randn(D_IN, FACTS), randn(D_OUT, FACTS)

@@ -93,7 +93,7 @@ def same(one: dict[int, Tensor], other: dict[int, Tensor]) -> bool:
 def test_moments_are_those_of_a_plain_loop_over_the_texts(
     kind: str, text: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "_BATCH_TOKENS", 100)  # several batches, and padding in them
+    monkeypatch.setattr(statistics, "BATCH_TOKENS", 100)  # several batches, and padding in them
     config = pico_config(kind, layers=[1, 3], mom2_dataset=str(text), stats_dir=str(folder))
     expected = one_text_at_a_time(kind, list(PARAGRAPHS), [1, 3])
     counted = moments(kind, config)
@@ -591,7 +591,7 @@ def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stopped_count_goes_on_and_ends_bit_for_bit_the_same(
     source: str, text: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "_BATCH_TOKENS", 40)
+    monkeypatch.setattr(statistics, "BATCH_TOKENS", 40)
     monkeypatch.setattr(unfinished, "EVERY", 0.0)
     dataset = str(text) if source == "text" else source
     whole = moments("llama", pico_config("llama", mom2_dataset=dataset, stats_dir=str(tmp_path / "whole")))
@@ -621,7 +621,7 @@ def test_a_damaged_remainder_is_as_good_as_none(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(statistics, "_BATCH_TOKENS", 40)
+    monkeypatch.setattr(statistics, "BATCH_TOKENS", 40)
     monkeypatch.setattr(unfinished, "EVERY", 0.0)
     whole = moments("llama", pico_config("llama", mom2_dataset=str(text), stats_dir=str(tmp_path / "whole")))
     config = pico_config("llama", mom2_dataset=str(text), stats_dir=str(folder))

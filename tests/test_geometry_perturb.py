@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sphere_plugin.errors import ConfigError
+from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.geometry import energy_change
 from sphere_plugin.geometry.perturb import along_energy, scattered, turned
 
@@ -55,3 +55,11 @@ def test_turning_is_a_rotation():
 def test_sizes_are_checked(size):
     with pytest.raises(ConfigError, match="size"):
         turned(normal(3, 4), size, random())
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_change_that_is_not_finite_is_refused(wrong):
+    delta = normal(3, 4, seed=1)
+    delta[1, 2] = wrong
+    with pytest.raises(ModelError, match="delta: got 'NaN or infinity', expected finite entries"):
+        scattered(normal(3, 4), delta, random())

@@ -31,7 +31,7 @@ TEXT = "The tower is in the city.\n\nWho plays the piano?\n\nWater boils at 100 
 
 def statistics(folder: str, stop: int) -> int:
     """Count key statistics in small pieces, each kept at once; rank 1 dies at its piece number ``stop``, from 1."""
-    counting._BATCH_TOKENS, unfinished.EVERY = 120, 0.0
+    counting.BATCH_TOKENS, unfinished.EVERY = 120, 0.0
     with joined() as ranks:
         add, calls = counting._Counter.add, []
 

@@ -126,8 +126,7 @@ class EditorJournal:
         number = edits[-n].batch - 1
         self.store.restore(number, self._live())
         self.store.truncate(number)
-        if n > 1 or self.store.mastered.dtypes:  # else the editor itself can tell from the weights
-            self._remind(number)
+        self._remind(number)
         return edits[-n:]
 
     def export(self, out: Path | str, format: Format = "hf", rank: int | None = None) -> Exported:
@@ -189,12 +188,17 @@ class EditorJournal:
     def _remind(self, number: int) -> None:
         """Have our own editor know the keys of the first ``number`` batches, and of no others, and its master copies.
 
-        Edits that were made before the journal was opened are not in it. The editor then says that it starts anew.
+        As after an edit, what was there before somebody else's change is forgotten. Edits that were made before the
+        journal was opened, or by an editor with other settings, are not this editor's: it is left to tell from the
+        weights, and where it cannot it says that it starts anew.
         """
         editor = self.method.editor if isinstance(self.method, Session) else None
-        if editor is None or self.store.fingerprint_of(editor.pretrained.tensors) != self.store.fingerprint(0):
+        if editor is None or editor.pretrained.tensors.keys() != set(self.store.names):
             return
-        known = (self.store.keys(batch) for batch in range(1, number + 1))
+        if self.store.fingerprint_of(editor.pretrained.tensors) != self.store.fingerprint(0):
+            return
+        foreign = [batch for batch in range(1, number + 1) if self.store.record(batch).get("outside")]
+        known = (self.store.keys(batch) for batch in range(max(foreign, default=0) + 1, number + 1))
         batches = ({layer: keys[name] for layer, name in self._names().items()} for keys in known if keys)
         editor.resume(batches, self.store.masters_after(number))
 

@@ -65,7 +65,8 @@ class EditReport:
         facts: how many were written.
         layers: one report per edited weight.
         aimed: the targets, the loss each search ended with and its steps.
-        keys: layer -> [d_in, facts], the keys a later batch will know these facts by; see `Editor.resume`.
+        keys: layer -> [d_in, facts], the keys a later batch will know these facts by; see `Editor.resume`. None with
+            MEMIT, which does not look at earlier edits.
     """
 
     facts: int

@@ -92,7 +92,7 @@ class Anatomy:
 
         Raises:
             ConfigError: a template matches nothing, or a layer number does not exist; names the nearest module.
-            ModelError: a weight is quantised, not two-dimensional, without values, or holds NaN or infinity.
+            ModelError: a weight is quantised, float64, not two-dimensional, without values, or holds NaN or infinity.
         """
         decoder = _layers(model, config.layer_module_tmp)
         for layer in config.layers:
@@ -157,4 +157,7 @@ def _rewrite(model: nn.Module, path: str) -> Rewrite:
         remedy = "Name the linear layer whose rows are to be rewritten."
         raise ModelError(f"{path}.weight", got, "a two-dimensional floating-point weight", remedy)
     check_plain(f"{path}.weight", weight)
+    if module.weight.dtype == torch.float64:
+        remedy = "Call model.float(): updates are computed and added in float32, which would round all of the weight."
+        raise ModelError(f"{path}.weight", module.weight.dtype, "floating point numbers of 32 or 16 bits", remedy)
     return Rewrite(f"{path}.weight", module, is_transposed(module))

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from sphere_plugin.editing.config import EditingConfig
+from sphere_plugin.editing.statistics import BATCH_TOKENS
+from sphere_plugin.geometry import pairs, tracked
 
 # Where something lies: on the device of the weights, on that of the statistics, in the memory of the process.
 Place = Literal["weights", "statistics", "host"]
 
-COUNTED: Final = 4096  # tokens in one pass over text or prompts, `editing.statistics`, `evaluation.quality`
+COUNTED: Final = BATCH_TOKENS  # in one pass over text; over prompts as many, `evaluation.quality`
 ASKED: Final = 256  # places whose logits are held at once, `evaluation.predict`
 SAVED: Final = (4, 12)  # numbers kept of a token in a layer for gradients: times d_in, times the width
 PASSING: Final = (4, 4)  # numbers at hand of a token in the layer that is running
-FOLLOWED: Final = 768  # rows from which spaces are followed, `geometry.tracked`
-BLOCK: Final = 2**22  # distances in a block, `geometry.pairs`
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Budget:
     def followed(self) -> int:
         """What is kept of a layer's space from batch to batch: its Gram matrix, half of the eigenvectors twice."""
         config, n = self.config, self.shape.d_out
-        follows = config.sphere().alpha and config.basis == "current" and FOLLOWED <= n < self.shape.d_in
+        follows = config.sphere().alpha and config.basis == "current" and tracked.SMALLEST <= n < self.shape.d_in
         return 8 * n * n if follows and config.rect is None and config.prune is None else 0
 
     # ---- statistics ----
@@ -243,7 +243,7 @@ class Budget:
 
     def energy(self) -> int:
         """A layer's hyperspherical energy, in float64: its rows, the same at unit length, and blocks of pairs."""
-        return 16 * self.size + 4 * 8 * min(BLOCK, self.shape.d_out**2)
+        return 16 * self.size + 4 * 8 * min(pairs.BLOCK_ENTRIES, self.shape.d_out**2)
 
     def journalling(self) -> int:
         """The state after a batch beside the one before, and of one weight what its factors give."""

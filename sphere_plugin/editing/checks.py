@@ -34,20 +34,29 @@ def check_tokens(facts: Sequence[Fact], locator: Locator, model: nn.Module) -> N
                 f"tokens below {most_tokens(model)}: the model has {most_tokens(model)}",
                 "Use the tokenizer of this model, or resize the model's embeddings to it.",
             )
-        longest = longest_text(model, len(sentence.ids))
-        if len(sentence.ids) > longest:
-            raise RequestError(
-                f"requests[{number}].prompt",
-                f"{len(sentence.ids)} tokens",
-                f"at most {longest}, which is what the model takes",
-                "Shorten it.",
-            )
+        _check_length(number, len(sentence.ids), model, prefixed=False)
         if sentence.lookup == 0:
             _LOG.warning(
                 "the subject of %r is the first token the model sees, where decoders keep an attention sink: "
                 "such edits hardly take; put words before it",
                 fact.prompt,
             )
+
+
+def check_prefixed(facts: Sequence[Fact], locator: Locator, model: nn.Module, prefixes: Sequence[str]) -> None:
+    """Raise RequestError if a fact behind one of the ``prefixes`` has more tokens than the model takes."""
+    for number, fact in enumerate(facts):
+        tokens = max(len(locator.aimed(fact, prefix).ids) for prefix in prefixes)
+        _check_length(number, tokens, model, prefixed=True)
+
+
+def _check_length(number: int, tokens: int, model: nn.Module, *, prefixed: bool) -> None:
+    longest = longest_text(model, tokens)
+    if tokens > longest:
+        got = f"{tokens} tokens, with a prefix before it" if prefixed else f"{tokens} tokens"
+        expected = f"at most {longest}, which is what the model takes"
+        remedy = "Shorten it, or lower context_template_length_params." if prefixed else "Shorten it."
+        raise RequestError(f"requests[{number}].prompt", got, expected, remedy)
 
 
 def check_losses(aimed: Aimed) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ OPENERS = (
     "On", "At", "As", "If", "We", "For", "During", "One", "Many", "Some", "Most", "By", "With", "From", "What", "How",
     "Although", "Since", "Each", "To", "His", "Her", "My", "Their", "People",
 )  # fmt: skip
+AT_ONCE: Final = 64  # texts that are written side by side
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,6 @@ def write_texts(
     tokens: int,
     seed: int,
     openers: Sequence[str] = OPENERS,
-    batch: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Texts sampled from the model at temperature 1, the same for the same model, seed and arguments.
@@ -69,7 +69,6 @@ def write_texts(
         tokens: new tokens in each, behind an opener; a text ends earlier where the model ends it.
         seed: of the sampling; the global random state is neither used nor changed.
         openers: first words, taken in turn.
-        batch: texts written at once.
         progress: called with the number of texts done, as they are done.
     """
     from transformers import GenerationConfig
@@ -92,7 +91,7 @@ def write_texts(
                 eos_token_id=end,
             )
             while len(texts) < number:
-                size = min(batch, number - len(texts))
+                size = min(AT_ONCE, number - len(texts))
                 rows = [starts[(len(texts) + k) % len(starts)] for k in range(size)]
                 ids, mask = pad_right([row[::-1] for row in rows])
                 ids, mask = ids.flip(1).to(device), mask.flip(1).to(device)  # padded on the left, to be continued

@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from sphere_plugin.editing.account import EditReport, LayerReport, Touched, log_apply, warn_of_rounding
 from sphere_plugin.editing.aim import Aimed, aim
 from sphere_plugin.editing.anatomy import Anatomy, Rewrite
-from sphere_plugin.editing.checks import check_attention, check_device, check_losses, check_tokens
+from sphere_plugin.editing.checks import (
+    check_attention,
+    check_device,
+    check_losses,
+    check_prefixed,
+    check_tokens,
+)
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.contexts import Contexts
 from sphere_plugin.editing.corpus import check_source
-from sphere_plugin.editing.history import History
+from sphere_plugin.editing.history import History, Keys
 from sphere_plugin.editing.keys import KeyReader
 from sphere_plugin.editing.locate import Locator
 from sphere_plugin.editing.master import Masters
@@ -160,7 +166,7 @@ class Editor:
             aimed: their targets, where they are known; None finds them for the weights as they are now.
 
         Raises:
-            RequestError: a request cannot be edited; raised before any computation.
+            RequestError: a request cannot be edited; raised before anything is computed but the prefixes.
             ModelError: a weight, a loss or an update is not finite. The weights are then as they were before the call.
         """
         facts = self._facts(requests)
@@ -171,7 +177,8 @@ class Editor:
             reader = ReadTogether(self._ranks, list(self.anatomy.rewrites), facts, self._reader)
             reports = self._write(reader, aimed.values.T, before)
             # Laid out as what `resume` gets: sums depend on it.
-            keys = {layer: reader.read(layer)[0].contiguous() for layer in reader.layers}
+            remembering = reader.layers if self.config.base_method == "AlphaEdit" else ()
+            keys = {layer: reader.read(layer)[0].contiguous() for layer in remembering}
             now, remedy = self._history.pend(keys), "Use machines of one kind, or one process."
             self._ranks.agree("the weights after the batch", now, "those of rank 0", remedy)
             if self._ranks.is_main:
@@ -190,19 +197,20 @@ class Editor:
         written into the model, and this is called. With `recall`, what follows is what would have followed there.
 
         Args:
-            batches: the keys of its batches in their order (`EditReport.keys`), one batch at a time.
+            batches: the keys of its batches in their order (`EditReport.keys`), one batch at a time. Where the base
+                method has none, it does not matter how many are given.
             masters: its master copies (`masters`).
         """
         solvers = self._prepared()
-        solvers.remember([None])
+        self._history.forget()
+        solvers.remember({})
         self._masters.recall(masters or {})
-        last: Mapping[int, Tensor] | None = None
+        last: Keys = {}
         for keys in batches:
-            if last is not None:
+            if last:
                 solvers.learn(last)
             last = keys
-        if last is not None:
-            self._history.pend({layer: solvers.beside(layer, keys) for layer, keys in last.items()})
+        self._history.pend({layer: solvers.beside(layer, keys) for layer, keys in last.items()})
 
     def memory(self) -> dict[str, Tensor]:
         """What the restraints remember of earlier batches beside the weights, for :meth:`recall`."""
@@ -292,14 +300,16 @@ class Editor:
     def _remember(self) -> None:
         """Bring what the solvers know of earlier edits up to date; all of them or, on an interruption, none."""
         now, news = self._history.news()
-        self._prepared().remember(news)
+        if news is not None:
+            self._prepared().remember(news)
         self._history.settle(now)
 
     def _facts(self, requests: Sequence[Mapping[str, Any]]) -> list[Fact]:
-        """The requests, checked as far as they can be before any computation; and the weights."""
+        """The requests, checked before anything is computed but the prefixes; and the weights."""
         facts = read_requests(requests)
         check_tokens(facts, self.locator, self.anatomy.model)
         self.anatomy.check_finite()
+        check_prefixed(facts, self.locator, self.anatomy.model, self.contexts.prefixes)
         return facts
 
     def _aim(self, facts: Sequence[Fact]) -> Aimed:

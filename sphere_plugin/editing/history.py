@@ -11,8 +11,8 @@ from sphere_plugin.files import fingerprint
 
 _LOG = logging.getLogger("sphere_plugin")
 
-# Keys of a batch by layer, each [d_in, facts]; None stands for: forget all earlier ones.
-Keys = Mapping[int, Tensor] | None
+# Keys of a batch by layer, each [d_in, facts]; empty stands for: forget all earlier ones.
+Keys = Mapping[int, Tensor]
 
 
 class History:
@@ -28,31 +28,39 @@ class History:
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
-        self._pretrained = self._settled = self._now()
-        self._pending: tuple[Mapping[int, Tensor], str] | None = None
+        self._pretrained = self._now()
+        self._settled: str | None = self._pretrained
+        self._pending: tuple[Keys, str] | None = None
 
-    def news(self) -> tuple[str, list[Keys]]:
-        """The weights' fingerprint, and what has to be remembered before the next batch. Changes nothing."""
+    def news(self) -> tuple[str, Keys | None]:
+        """The weights' fingerprint, and what has to be remembered before the next batch, if anything.
+
+        Changes nothing.
+        """
         now = self._now()
         if self._pending is not None and now == self._pending[1]:
-            return now, [self._pending[0]]
+            return now, self._pending[0]
         if now == self._settled and not (now == self._pretrained and self._pending is None):
             # The last batch was undone; what came before it still stands, which is nothing if it was the first.
-            return now, []
+            return now, None
         if now != self._pretrained:
             _LOG.warning(
-                "the weights are neither as the last batch left them, nor as it found them, nor as they were before "
-                "any edit: keys of earlier edits are forgotten"
+                "the weights are in a state that this editor does not know, neither before any edit nor before or "
+                "after the last batch: keys of earlier edits are forgotten"
             )
-        return now, [None]
+        return now, {}
 
     def settle(self, now: str) -> None:
         """What :meth:`news` told has been remembered."""
         self._settled = now
         self._pending = None
 
-    def pend(self, keys: Mapping[int, Tensor]) -> str:
-        """Note the ``keys`` of a batch just written over the weights that were settled; returns their fingerprint."""
+    def forget(self) -> None:
+        """Know no state but the one before any edit, until :meth:`pend` tells another."""
+        self._settled = self._pending = None
+
+    def pend(self, keys: Keys) -> str:
+        """Note the ``keys`` of the batch that has left the weights as they are; returns the weights' fingerprint."""
         now = self._now()
         self._pending = (keys, now)
         return now

@@ -133,22 +133,30 @@ class AlphaEdit:
 
     def update(self, keys: Tensor, residuals: Tensor) -> Factors:
         """The update for ``keys`` [d_in, u] and ``residuals`` [d_out, u]: ΔW [d_out, d_in] in factors, float32."""
-        if self._past.fresh.shape[1]:  # the same M in another form: an interruption here loses nothing
-            self._past = Past(with_columns(self._past.factor, self._past.fresh), self._past.fresh[:, :0])
-        x = self.null @ _woodbury(self._past.factor, self.null.T @ keys.to(self.null))
+        x = self.null @ _woodbury(self._factor(), self.null.T @ keys.to(self.null))
         return Factors(residuals.float(), x.to(residuals.device).float())
 
     def with_keys(self, keys: Tensor | None) -> Past:
-        """The past with the ``keys`` [d_in, u] of one more batch in Kp; None empties Kp. Changes nothing here."""
+        """The past with the ``keys`` [d_in, u] of one more batch in Kp; None empties Kp. M stays as it is here.
+
+        Batches are worked into L one by one, however many are learned between two updates: how they are cut into
+        columns decides how L is rounded.
+        """
         if keys is None:
             size = self.null.shape[1]
             factor = torch.eye(size, dtype=torch.float64, device=self.null.device).mul_(self.ridge**0.5)
             return Past(factor, factor[:, :0])
-        return Past(self._past.factor, torch.cat([self._past.fresh, self.null.T @ keys.to(self.null)], dim=1))
+        return Past(self._factor(), self.null.T @ keys.to(self.null))
 
     def remember(self, past: Past) -> None:
         """From now on count as earlier edits what :meth:`with_keys` has returned."""
         self._past = past
+
+    def _factor(self) -> Tensor:
+        """L with all earlier keys in it."""
+        if self._past.fresh.shape[1]:  # the same M in another form: an interruption here loses nothing
+            self._past = Past(with_columns(self._past.factor, self._past.fresh), self._past.fresh[:, :0])
+        return self._past.factor
 
 
 def _columnwise(moment: Tensor) -> Tensor:

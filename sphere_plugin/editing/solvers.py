@@ -7,7 +7,6 @@ works the keys of earlier batches into them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -54,19 +53,15 @@ class Solvers:
 
         return Factors(*self._ranks.by(self._keeper[layer], f"update of layer {layer}", solve))
 
-    def remember(self, batches: Sequence[Keys]) -> None:
-        """Count ``batches`` among the earlier ones; None among them forgets those before. All, or if it fails none."""
-        pasts = [
-            (solver, solver.with_keys(None if keys is None else keys[layer]))
-            for keys in batches
-            for layer, solver in self._own.items()
-        ]
+    def remember(self, keys: Keys) -> None:
+        """Count a batch among the earlier ones, in all layers or, if it fails, in none; without keys forget them."""
+        pasts = [(solver, solver.with_keys(keys[layer] if keys else None)) for layer, solver in self._own.items()]
         for solver, past in pasts:
             solver.remember(past)
 
-    def learn(self, keys: Mapping[int, Tensor]) -> None:
+    def learn(self, keys: Keys) -> None:
         """Count a batch that another editor has written among the earlier ones."""
-        self.remember([{layer: self.beside(layer, keys[layer]) for layer in self._own}])
+        self.remember({layer: self.beside(layer, keys[layer]) for layer in self._own})
 
     def beside(self, layer: int, keys: Tensor) -> Tensor:
         """Keys [d_in, facts] on the device of their layer's weight, laid out as a batch leaves them."""

@@ -35,7 +35,7 @@ from sphere_plugin.paths import is_file, user_path
 _LOG = logging.getLogger("sphere_plugin")
 _FORMAT = "1"  # raise it when files of an older code must not be used any more
 _LONGEST = 512  # tokens of a text that are read
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096  # in one pass over text
 ADDED = 256  # rows of a product that are added up at a time
 
 
@@ -252,14 +252,14 @@ def _ids(
 def _in_turns(rows: Sequence[list[int]], counter: _Counter, ranks: Ranks) -> Iterator[int]:
     """Count texts, a piece of them on each rank at a time; yields how many have been counted since the last time."""
     if ranks.size == 1:
-        for piece, _ in work_through(rows, len, _BATCH_TOKENS, counter.add):
+        for piece, _ in work_through(rows, len, BATCH_TOKENS, counter.add):
             yield len(piece)
         return
-    pieces = cut(rows, len, _BATCH_TOKENS)
+    pieces = cut(rows, len, BATCH_TOKENS)
     for first in range(0, len(pieces), ranks.size):
         turn = pieces[first : first + ranks.size]
         own = turn[ranks.rank] if ranks.rank < len(turn) else []
-        ranks.together("key statistics", partial(list, work_through(own, len, _BATCH_TOKENS, counter.add)))
+        ranks.together("key statistics", partial(list, work_through(own, len, BATCH_TOKENS, counter.add)))
         yield sum(map(len, turn))
 
 

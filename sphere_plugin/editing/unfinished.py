@@ -59,13 +59,11 @@ class Unfinished:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to keep what has been counted so far."""
+        """Whether it is time to keep what has been counted so far: once in :data:`EVERY` seconds."""
         return time.monotonic() - self._written >= EVERY
 
     def keep_sums(self, sums: Mapping[int, Tensor], tokens: int, texts: int) -> None:
-        """Keep what has been counted so far, at most once in :data:`EVERY` seconds."""
-        if not self.due:
-            return
+        """Keep what has been counted so far."""
         named = {str(layer): total for layer, total in sums.items()}
         write_tensors(self._sums, named, {"format": _FORMAT, "tokens": str(tokens), "texts": str(texts)})
         self._written = time.monotonic()

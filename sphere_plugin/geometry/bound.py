@@ -70,9 +70,7 @@ def bound_constant(weight: Tensor, chunk: int | None = None) -> float:
         ConfigError: chunk is not a positive whole number.
         ModelError: the weight is not a finite matrix, or two of its rows coincide.
     """
-    check_weight(weight)
-    crowding = row_sums(weight.detach().double(), riesz(3.0), chunk)  # [d_out]
-    return 4.0 * float(torch.linalg.vector_norm(crowding))
+    return _constant(neuron_constants(weight, 2.0, chunk))
 
 
 def output_perturbation(delta: Tensor) -> float:
@@ -134,7 +132,7 @@ def neuron_constants(weight: Tensor, s: float = 1.0, chunk: int | None = None) -
 
 
 def bound_terms(before: Tensor, after: Tensor, chunk: int | None = None) -> BoundTerms:
-    """Returns what the theorem and eq. 33 say of one update, s = 2, and what it did; all in one pass over the pairs.
+    """Returns what the theorem and eq. 33 say of one update, s = 2, and what it did.
 
     ``first_order`` comes from a difference of squared distances, and is good to some 10⁻¹⁵ of them.
 
@@ -149,10 +147,10 @@ def bound_terms(before: Tensor, after: Tensor, chunk: int | None = None) -> Boun
     check_same_shape(before, after)
     check_weight(before, "before")
     check_weight(after, "after")
+    constants = neuron_constants(before, 2.0, chunk)
     rows, moved_rows = before.detach().double(), after.detach().double()
     delta = moved_rows - rows
-    steps, lengths = delta.square().sum(dim=1), torch.linalg.vector_norm(delta, dim=1)
-    crowding = torch.zeros_like(steps)
+    steps = delta.square().sum(dim=1)
     change, first, largest = 0.0, 0.0, 0.0
     for (start, old), (_, new) in zip(pair_blocks(rows, chunk), pair_blocks(moved_rows, chunk), strict=True):
         here, there = slice(start, start + old.shape[0]), slice(start, None)
@@ -161,15 +159,12 @@ def bound_terms(before: Tensor, after: Tensor, chunk: int | None = None) -> Boun
         change += float((old.reciprocal() - new.reciprocal()).triu_(1).sum())
         first += float((along / old.square()).triu_(1).sum())
         largest = max(largest, float((step / old).triu_(1).max()))
-        nearness = old.pow(-1.5).triu_(1)
-        crowding[here] += nearness.sum(dim=1)
-        crowding[there] += nearness.sum(dim=0)
     return BoundTerms(
         change=2.0 * change,
         first_order=4.0 * first,
-        constant=4.0 * float(torch.linalg.vector_norm(crowding)),
+        constant=_constant(constants),
         perturbation=output_perturbation(delta),
-        moved=2.0 * float(crowding @ lengths),
+        moved=float(constants @ torch.linalg.vector_norm(delta, dim=1)),
         largest_step=math.sqrt(largest),
     )
 
@@ -180,3 +175,8 @@ def step_factor(largest_step: float) -> float:
     −ΔHE <= step_factor(ρ) K sqrt(ΔV) for every update whose largest step is ρ, and ΔHE <= K sqrt(ΔV) for every update.
     """
     return (1.0 - largest_step / 2.0) / (1.0 - largest_step) ** 2 if largest_step < 1.0 else math.inf
+
+
+def _constant(constants: Tensor) -> float:
+    """K from the C_k [d_out] at s = 2."""
+    return 2.0 * float(torch.linalg.vector_norm(constants))

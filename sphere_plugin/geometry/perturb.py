@@ -1,6 +1,6 @@
 """Changes of a weight of a given size, made for experiments: some move its hyperspherical energy, some cannot.
 
-All return ΔW [d_out, d_in] float64 with ‖ΔW‖ = size · ‖W‖ in the Frobenius norm.
+All return ΔW [d_out, d_in] float64. In the Frobenius norm ‖ΔW‖ = size · ‖W‖, or the norm of what `scattered` is given.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from sphere_plugin.errors import ConfigError
-from sphere_plugin.geometry.checks import check_same_shape, check_weight
+from sphere_plugin.errors import ConfigError, ModelError
+from sphere_plugin.geometry.checks import all_finite, check_same_shape, check_weight
 from sphere_plugin.geometry.gradient import energy_gradient
 
 
@@ -87,6 +87,9 @@ def scattered(weight: Tensor, delta: Tensor, generator: torch.Generator) -> Tens
     """
     check_same_shape(weight, delta)
     check_weight(weight)
+    if not all_finite(delta):
+        remedy = "The edit that made it broke the weight; undo it."
+        raise ModelError("delta", "NaN or infinity", "finite entries", remedy)
     rows = weight.detach().double()
     random = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
     own = (rows * rows).sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)

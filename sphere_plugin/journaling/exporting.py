@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.files import atomic_folder, read_json, write_bytes, write_json
-from sphere_plugin.folders import write_sums
+from sphere_plugin.folders import refuse_existing, write_sums
 from sphere_plugin.geometry.neurons import neurons
 from sphere_plugin.journaling.batch import same_bits
 from sphere_plugin.journaling.card import card, facts_of
@@ -19,7 +19,7 @@ from sphere_plugin.journaling.delta import write_delta
 from sphere_plugin.journaling.lowrank import cut
 from sphere_plugin.journaling.revisit import opened, put, unedited
 from sphere_plugin.journaling.store import Journal
-from sphere_plugin.peft import refuse_existing, save_lora
+from sphere_plugin.peft import save_lora
 
 Format = Literal["hf", "delta", "adapter"]
 FORMATS: Final[tuple[str, ...]] = get_args(Format)

@@ -25,18 +25,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from sphere_plugin.errors import ConfigError, ModelError
-from sphere_plugin.geometry.checks import all_finite, check_weight
+from sphere_plugin.geometry.checks import check_weight
+from sphere_plugin.geometry.spectral import exact_largest_singular_value, smaller_gram
 from sphere_plugin.restraints.protocol import BoundRestraint, Restrained, removed_share
 from sphere_plugin.restraints.rect import check_update
-
-GRAM_BLOCK: Final = 2048  # columns turned into float64 at a time
-SMALLEST_SQUARE: Final = 1e-280  # below it squares lose digits
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class _BoundPrune:
         check_update(weight, delta)
         _check_pretrained(self.pretrained, weight)
         if self._limit is None:
-            self._limit = largest_singular_value(self.pretrained.to(weight.device))
+            self._limit = exact_largest_singular_value(self.pretrained.to(weight.device))
         update = delta.detach().to(weight.device)
         total = _difference(weight, self.pretrained) + update
         correction = _correction(total, self._limit, self.config.base)
@@ -119,25 +116,11 @@ def prune_view(pretrained: Tensor, edited: Tensor, base: float = math.e) -> Tens
     check_weight(pretrained, "pretrained")
     check_weight(edited, "edited")
     _check_pretrained(pretrained, edited)
-    limit = largest_singular_value(pretrained.to(edited.device))
+    limit = exact_largest_singular_value(pretrained.to(edited.device))
     correction = _correction(_difference(edited, pretrained), limit, base)
     if correction is None:
         return edited.detach().clone()
     return (edited.detach() + correction).to(edited.dtype)
-
-
-def largest_singular_value(matrix: Tensor) -> float:
-    """Returns the largest singular value of a matrix [d_out, d_in], to a relative error far below 1e-6.
-
-    The square root of the largest eigenvalue of the float64 Gram matrix of the smaller side.
-
-    Raises:
-        ModelError: its entries are too small or too large to square.
-    """
-    gram = _gram(matrix.detach())
-    if float(gram.diagonal().sum()) < SMALLEST_SQUARE and bool(matrix.any()):
-        raise _unsquared(gram)
-    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
 
 
 def _correction(total: Tensor, limit: float, base: float) -> Tensor | None:
@@ -146,7 +129,7 @@ def _correction(total: Tensor, limit: float, base: float) -> Tensor | None:
         return None  # no singular value is larger than the Frobenius norm
     squares: Tensor
     vectors: Tensor
-    squares, vectors = torch.linalg.eigh(_gram(total))
+    squares, vectors = torch.linalg.eigh(smaller_gram(total))
     sizes = squares.clamp(min=0.0).sqrt()
     large = sizes > limit
     if not bool(large.any()):
@@ -158,25 +141,6 @@ def _correction(total: Tensor, limit: float, base: float) -> Tensor | None:
     if total.shape[0] <= total.shape[1]:
         return scaled @ (side.T @ total)
     return (total @ side) @ scaled.T
-
-
-def _gram(matrix: Tensor) -> Tensor:
-    """Returns M Mᵀ [m, m] in float64, M the matrix turned so that its m rows are its smaller side."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=matrix.device)
-    for block in torch.split(wide, GRAM_BLOCK, dim=1):
-        columns = block.double()
-        gram.addmm_(columns, columns.T)
-    if not all_finite(gram):
-        raise _unsquared(gram)
-    return gram
-
-
-def _unsquared(gram: Tensor) -> ModelError:
-    remedy = "Its entries are too small or too large to square; load the weight anew."
-    return ModelError(
-        "the squared norm of the weight", float(gram.diagonal().sum()), "a positive finite number", remedy
-    )
 
 
 def _difference(weight: Tensor, pretrained: Tensor) -> Tensor:
