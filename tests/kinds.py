@@ -337,7 +337,7 @@ def stopped(folder: Path) -> list[Any]:
 
 
 def aim(folder: Path) -> list[Any]:
-    """The targets of a comparison, as each of its entries gets them."""
+    """The targets of a run with share_targets."""
     told = settings(folder / "hparams" / "SPHERE" / "pico.yaml", "memit", data=str(folder / "facts.json"))
 
     class Entrant:
@@ -349,7 +349,7 @@ def aim(folder: Path) -> list[Any]:
         size = len(places)
         return Aimed(torch.randn(size, 512, generator=generator), torch.ones(size), torch.arange(size))
 
-    every = Targets(folder / "many" / "memit", told, Entrant(), found).of(range(12))  # type: ignore[arg-type]
+    every = Targets(folder / "many", told, Entrant(), found).of(range(12))  # type: ignore[arg-type]
     return [fingerprint([("", one)]) for one in (every.values, every.losses, every.steps)]
 
 

@@ -110,9 +110,12 @@ def prints(folder: Path) -> list[str]:
 
 
 def scores(folder: Path) -> dict[int, Any]:
-    """Edits -> the checkpoint after them, without what differs from run to run."""
+    """Edits -> the checkpoint after them, without how long it took and who measured the unedited model."""
     told = {int(path.stem): read_json(path) for path in sorted((folder / "checkpoints").glob("*.json"))}
-    return {edits: {key: one for key, one in point.items() if key != "seconds"} for edits, point in told.items()}
+    return {
+        edits: {key: one for key, one in point.items() if key not in ("seconds", "from")}
+        for edits, point in told.items()
+    }
 
 
 def live(folder: Path) -> str:

@@ -165,7 +165,7 @@ def test_after_undoing_followed_spaces_are_found_anew_and_that_is_told(tmp_path:
     sp.undo(tmp_path / "run", 4)
     with caplog.at_level(logging.WARNING, "sphere_plugin"):
         runner.resume(tmp_path / "run")
-    assert "spaces are found anew after undoing" in caplog.text
+    assert "after undoing, spaces are found anew" in caplog.text
     assert prints(tmp_path / "run")[:2] == before[:2]
     caplog.clear()
     sp.undo(tmp_path / "run", 0)
