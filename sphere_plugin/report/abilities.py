@@ -180,12 +180,12 @@ def tests(study: Study, measured: Measured) -> Grid:
             common = max((own.keys() & other.keys()) - {0}, default=None)
             if common is not None:
                 rows.append((entry, base.label, task, common, _differences(own[common], other[common])))
-    ps = [permutation(row[-1]) for row in rows]
+    ps = [permutation(row[-1], len(rows)) for row in rows]
     lines = [Line(row[0], _tested(*row, p, corrected)) for row, p, corrected in zip(rows, ps, holm(ps), strict=True)]
     heads = ("Entry", "Against", "Task", "Edits", "Records", "Difference (%)", "95 % from", "95 % to", "Up / down")
     note = (
-        f"Difference on the same records, entry minus the other, at the last moment that both have. p: {TEST}, "
-        f"{RESAMPLES} random patterns where all would be more; corrected by Holm's method for all tests here. "
+        f"Difference on the same records, entry minus the other, at the last moment that both have. p: {TEST}; "
+        "corrected by Holm's method for all tests here. "
         f"Interval: percentile bootstrap over records, {RESAMPLES} samples."
     )
     title = "Paired tests of abilities"

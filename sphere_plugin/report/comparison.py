@@ -77,7 +77,7 @@ def rows(study: Study) -> list[Row]:
     first = [_cell(metric, study.unedited(metric), "", _paper(block, UNEDITED, metric)) for metric in metrics]
     orders = len({run.order for entry in study.entries for run in entry.runs})
     table = [Row("Unedited", None, 0, _count(first), orders, tuple(first))]
-    values = {entry.slot: [_at_moment(study, entry, metric) for metric in metrics] for entry in study.entries}
+    values = {entry.slot: [study.value(entry, metric) for metric in metrics] for entry in study.entries}
     ranks = [ranked(metric, [values[entry.slot][k] for entry in study.entries]) for k, metric in enumerate(metrics)]
     for index, entry in enumerate(study.entries):
         cells = tuple(
@@ -192,15 +192,6 @@ def _cell_json(cell: Cell) -> Mapping[str, Any]:
     return dict(
         zip(keys, (value.mean, value.half, value.n, value.each, cell.text, cell.rank, cell.paper), strict=True)
     )
-
-
-def _at_moment(study: Study, entry: Entry, metric: Metric) -> Value:
-    if not any(checkpoint.edits for run in entry.runs for checkpoint in run.checkpoints):
-        return Value(None, reason="not available: no checkpoint after an edit")
-    if study.moment is None or not entry.checkpoints(study.moment):
-        why = entry.stopped or f"no checkpoint after {study.moment} edits"
-        return Value(None, reason=f"not available: {why}")
-    return entry.value(metric, study.moment)
 
 
 def _cell(metric: Metric, value: Value, rank: str, paper: str) -> Cell:
