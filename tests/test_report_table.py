@@ -172,6 +172,13 @@ def test_latex_marks_and_escapes(tmp_path):
     assert "-- &" in text
 
 
+def test_latex_writes_large_numbers_as_powers_of_ten(tmp_path):
+    points = [checkpoint(10, {"efficacy_exact": [2.0e15, 0.0]}, nll=40.0)]
+    text = comparison.table_latex(one_study(tmp_path, (manifest("memit"), points)))
+    assert r"$2.35 \times 10^{17}$" in text
+    assert r"$1.00 \times 10^{17}\pm 1.96 \times 10^{17}$" in text
+
+
 def test_the_protocol_chooses_the_scores(tmp_path):
     scores = {"specificity": [0.25], "specificity_success": [1.0], "locality": [0.75]}
     for protocol, expected in (("tokens", 0.25), ("success", 1.0), ("locality", 0.75)):

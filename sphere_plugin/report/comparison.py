@@ -228,7 +228,13 @@ def _line(text: str) -> str:
 def _latex_cell(cell: Cell) -> str:
     if cell.value.mean is None:
         return "--" if cell.value.reason == NOT_SCORED else r"\emph{n/a}"
-    mean = shown(cell.metric, cell.value.mean).replace(MINUS, "-")
-    half = "" if cell.value.half is None else rf"\pm {shown(cell.metric, cell.value.half)}"
+    mean = _latex_number(shown(cell.metric, cell.value.mean))
+    half = "" if cell.value.half is None else rf"\pm {_latex_number(shown(cell.metric, cell.value.half))}"
     marked = {BEST: rf"\mathbf{{{mean}{half}}}", SECOND: rf"\underline{{{mean}{half}}}"}.get(cell.rank, mean + half)
     return f"${marked}$"
+
+
+def _latex_number(text: str) -> str:
+    """In a formula: "2.35e+17" is a product."""
+    mantissa, power, exponent = text.replace(MINUS, "-").partition("e")
+    return mantissa + (rf" \times 10^{{{int(exponent)}}}" if power else "")

@@ -161,9 +161,11 @@ def mean(values: Iterable[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def brief(number: float | None, factor: float = 1.0) -> str:
-    """Three digits, whatever the size; a dash for None."""
-    return "–" if number is None else f"{number * factor:.3g}".replace("-", MINUS)
+def brief(number: float | None, factor: float = 1) -> str:
+    """Three digits, whatever the size; of a whole number all of them; a dash for None."""
+    if number is None:
+        return "–"
+    return f"{number * factor:d}" if isinstance(number * factor, int) else f"{number * factor:.3g}".replace("-", MINUS)
 
 
 def _diagnoses(run: Run) -> list[tuple[Path, Mapping[str, Any]]]:
