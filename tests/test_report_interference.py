@@ -124,7 +124,15 @@ def test_other_inputs_are_told(tmp_path):
     assert said.startswith("MEMIT + SPHERE: diagnosed with other settings") and "'keys': 7" in said
 
 
-@pytest.mark.parametrize("content", [[], {"batch": 1, "edits": 10, "layers": 3}, {"batch": 1, "layers": []}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"batch": 1, "edits": 10, "settings": {}, "layers": 3},
+        {"batch": 1, "settings": {}, "layers": []},
+        {"batch": 1, "edits": 10, "settings": {"format": 2}, "layers": []},
+    ],
+)
 def test_a_damaged_diagnosis_is_named(tmp_path, content):
     folder = write_study(tmp_path, ("memit",))
     diagnose(folder / "memit")
