@@ -18,18 +18,17 @@ import contextlib
 import functools
 import io
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from stages import machine, requests_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,11 +59,6 @@ def limit(work: Callable[[], Any]) -> float:
     a, b = torch.ones(1024, 576), torch.ones(576, 1536)
     seconds = min(timed(lambda: [a @ b for _ in range(20)])[0] for _ in range(5)) / 20
     return counter.get_total_flops() * seconds / (2 * 1024 * 576 * 1536)
-
-
-def requests_of(records: Sequence[Record]) -> list[dict[str, str]]:
-    """EasyEdit's requests."""
-    return [{"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in records]
 
 
 def aiming(editor: sp.Editor, records: Sequence[Record], sample: int) -> dict[str, Any]:
@@ -178,23 +172,16 @@ def main() -> None:
     if arguments.profile:
         profiled(editor, records)
         return
+    about = {**machine(), "host": f"{host.kind} {host.version}", "facts": arguments.facts}
     stages = {"aiming": aiming, "scoring": scoring}
     rows = [stages[name](editor, records, arguments.sample) for name in arguments.stage or stages]
-    machine = {
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "host": f"{host.kind} {host.version}",
-        "facts": arguments.facts,
-        "date": date.today().isoformat(),
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     for row in rows:
         print(
             "{stage:32} {ours:8.2f} s  {theirs:8.2f} s  {ratio:6.1f}x  limit {limit:6.2f} s  {agreement}".format(**row)
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps({**machine, "results": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({**about, "results": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,18 +16,15 @@ import copy
 import io
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from editing import requests_of
+from stages import machine, requests_of
 
 import sphere_plugin as sp
 from sphere_plugin.data import read_records
@@ -103,27 +100,19 @@ def main() -> None:
     alphaedit.edit(requests[:1])  # its null space is made once, at the first edit
     sphere.edit(requests[:1])
     size, edits = arguments.batch_size, len(requests)
+    about = {**machine(), "host": host.version, "edits": edits, "batch_size": size}
     theirs = {
         "EasyEdit's AlphaEdit, in a batch": alphaedit.edit(requests[: arguments.sample]) / arguments.sample * edits,
         "EasyEdit's SPHERE, one by one": sum(sphere.edit([request]) for request in requests[:2]) / 2 * edits,
     }
     ours = [timed(lambda first=first: editor.apply(requests[first : first + size])) for first in range(0, edits, size)]
-    machine = {
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "host": host.version,
-        "edits": edits,
-        "batch_size": size,
-        "date": date.today().isoformat(),
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{'AlphaEdit + SPHERE, ours':36} {sum(ours):8.1f} s")
     rows = [{"opponent": name, "seconds": took, "ratio": took / sum(ours)} for name, took in theirs.items()]
     for row in rows:
         print("{opponent:36} {seconds:8.1f} s  {ratio:6.1f}x".format(**row))
     if arguments.json:
-        arguments.json.write_text(json.dumps({**machine, "ours": ours, "results": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({**about, "ours": ours, "results": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

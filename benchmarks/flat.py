@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import time
-from datetime import date
 from pathlib import Path
 from statistics import median
 
-import torch
+from stages import machine, requests_of
 
 import sphere_plugin as sp
 from sphere_plugin.data import read_records
@@ -28,8 +26,7 @@ EDGE = 10  # batches at either end that are compared
 
 def measure(batches: int, size: int) -> tuple[list[float], list[float]]:
     """Seconds of each batch of ``size`` facts, and the process's peak memory after it in MiB."""
-    records = read_records(limit=batches * size)
-    requests = [{"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in records]
+    requests = requests_of(read_records(limit=batches * size))
     config = sp.SphereHyperParams.from_hparams(YAML).editing()
     config.v_num_grad_steps = 2
     editor = sp.Editor(*sp.load_model("smollm2-135m"), config)
@@ -50,17 +47,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    size = arguments.batch_size
+    size, about = arguments.batch_size, machine()
     seconds, peaks = measure(arguments.batches, size)
     early, late = median(seconds[1 : EDGE + 1]), median(seconds[-EDGE:])
-    machine = {
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "batches": len(seconds),
-        "batch_size": size,
-        "date": date.today().isoformat(),
-    }
+    about |= {"batches": len(seconds), "batch_size": size}
     result = {
         "early_seconds": early,
         "late_seconds": late,
@@ -69,12 +59,12 @@ def main() -> None:
         "late_peak_mib": peaks[-1],
         "memory_ratio": peaks[-1] / peaks[EDGE],
     }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"batches 2 to {EDGE + 1}: {early:.3f} s, peak {peaks[EDGE]:.0f} MiB")
     print(f"last {EDGE} batches:  {late:.3f} s, peak {peaks[-1]:.0f} MiB")
     print(f"late / early:     {late / early:.3f} in time, {peaks[-1] / peaks[EDGE]:.3f} in memory")
     if arguments.json:
-        arguments.json.write_text(json.dumps({**machine, **result, "seconds": seconds}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({**about, **result, "seconds": seconds}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

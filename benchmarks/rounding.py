@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
+from typing import Final
 
 import torch
 import yaml
-from stages import machine
+from stages import machine, requests_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -87,16 +87,11 @@ def opened(dtype: str, config: EditingConfig) -> Editor:
     return Editor(model, tokenizer, config)
 
 
-def request(record: Record) -> dict[str, Any]:
-    """What an editor wants to know of a record."""
-    return {"prompt": record.prompt, "subject": record.subject, "target_new": record.target_new}
-
-
 def targets(editor: Editor, records: list[Record]) -> Aimed:
     """Those of all records, for the weights as they are."""
     parts = []
     for first in tqdm(range(0, len(records), AIMED), desc="aiming", unit="batch"):
-        parts.append(editor.aim([request(one) for one in records[first : first + AIMED]]))
+        parts.append(editor.aim(requests_of(records[first : first + AIMED])))
     columns = zip(*((one.values, one.losses, one.steps) for one in parts), strict=True)
     return Aimed(*(torch.cat(column) for column in columns))
 
@@ -107,7 +102,7 @@ def edited(editor: Editor, records: list[Record], aimed: Aimed, size: int) -> fl
     for first in tqdm(range(0, len(records), size), desc="editing", unit="batch"):
         part = slice(first, first + size)
         given = Aimed(aimed.values[part], aimed.losses[part], aimed.steps[part])
-        report = editor.apply([request(one) for one in records[part]], given)
+        report = editor.apply(requests_of(records[part]), given)
         lost += [layer.rounding_loss for layer in report.layers]
     return fmean(lost)
 

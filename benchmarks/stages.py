@@ -28,7 +28,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sphere_plugin.data import Record
 from sphere_plugin.editing.solve import AlphaEdit, Memit
 from sphere_plugin.geometry import Factors, PrincipalSpace
 from sphere_plugin.geometry.tracked import TrackedSpace
@@ -310,6 +311,11 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def requests_of(records: Sequence[Record]) -> list[dict[str, str]]:
+    """What an editor is asked, ours or EasyEdit's."""
+    return [{"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in records]
 
 
 def processor() -> str:

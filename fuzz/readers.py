@@ -27,6 +27,7 @@ with atheris.instrument_imports(include=["sphere_plugin", "yaml"]):
     from sphere_plugin.errors import SphereError
     from sphere_plugin.evaluation.audits import read_audit
     from sphere_plugin.evaluation.paraphrases import read_paraphrases
+    from sphere_plugin.evaluation.tallies import read_tally
     from sphere_plugin.files import read_json, read_tensors, write_tensors
     from sphere_plugin.journaling import Journal
     from sphere_plugin.journaling.delta import apply_delta
@@ -34,7 +35,6 @@ with atheris.instrument_imports(include=["sphere_plugin", "yaml"]):
     from sphere_plugin.sequence.cells import SweepSettings
     from sphere_plugin.sequence.guard import Events
     from sphere_plugin.sequence.manifest import check_same, read_manifest
-    from sphere_plugin.sequence.measured import read_abilities
     from sphere_plugin.sequence.settings import RunSettings
 
 PLACE: Final = Path("build/fuzz")
@@ -131,7 +131,7 @@ READERS: Mapping[str, tuple[Reader, ...]] = MappingProxyType(
             run_file("checkpoints/000002.json"),
             run_file("guard.json"),
             guard,
-            lambda path, folder: read_abilities(path),
+            lambda path, folder: read_tally(path),
             lambda path, folder: read_audit(path),
         ),
         "tensors": (lambda path, folder: read_tensors(path), delta, journal, signed(delta), signed(journal)),

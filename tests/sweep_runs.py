@@ -46,12 +46,13 @@ def write_sweep(
             entry = f"{base}+sphere" if values else base
             name = ",".join(f"{key}={value}" for key, value in values.items()) or "base"
             label = LABELS[base] + (" + SPHERE" if values else "")
-            runs = [f"{entry}/{name}" + (f",order={order}" if len(orders) > 1 else "") for order in orders]
+            place = f"{base}/base" if values.get("alpha") == 0 else f"{entry}/{name}"
+            runs = [place + (f",order={order}" if len(orders) > 1 else "") for order in orders]
             default = bool(values) and all(DEFAULT[key] == value for key, value in values.items())
             against = alone if values else None
             told = {"entry": entry, "label": label, "values": values, "against": against, "default": default}
             cells.append(told | {"runs": runs})
-            for order, run in zip(orders, runs, strict=True):
+            for order, run in zip(orders, runs, strict=True) if place == f"{entry}/{name}" else ():
                 found = dict(scores(base, values, order))
                 count = len(next(iter(found.values())))
                 closer = 1e-4 * (3.0 - 2.0 * values.get("alpha", 0.0))

@@ -86,6 +86,15 @@ def test_the_difference_of_two_growths() -> None:
     assert found.low <= found.value <= found.high <= 0.0
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_end_that_is_not_finite_is_not_told() -> None:
+    """Of three facts with one that scattered before, every third sample of facts has nothing to grow from."""
+    found = growth([0.0, 0.0, 0.6], [0.0, 0.0, 0.9])
+    assert (found.value, found.low, found.high) == (pytest.approx(0.5), None, None)
+    found = growth([0.0, 0.0, 0.6], [0.3, 0.3, 0.9])
+    assert found.low == pytest.approx(0.5) and found.high is None
+
+
 def test_where_there_is_no_number() -> None:
     assert growth([], []).value is None
     assert growth([0.0, 0.0], [1.0, 1.0]).value is None

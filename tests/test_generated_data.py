@@ -36,6 +36,7 @@ from sphere_plugin.errors import RequestError
 from sphere_plugin.evaluation.audits import read_audit
 from sphere_plugin.evaluation.benchmarks import FILES, read_benchmark
 from sphere_plugin.evaluation.paraphrases import read_paraphrases
+from sphere_plugin.evaluation.tallies import read_tally
 from sphere_plugin.files import read_json, read_tensors, write_json, write_tensors
 from sphere_plugin.geometry import Factors
 from sphere_plugin.journaling import Journal
@@ -44,7 +45,6 @@ from sphere_plugin.journaling.delta import apply_delta, write_delta
 from sphere_plugin.report.read import read_run
 from sphere_plugin.sequence.guard import Events
 from sphere_plugin.sequence.manifest import check_same, read_manifest
-from sphere_plugin.sequence.measured import read_abilities
 from sphere_plugin.sequence.settings import RunSettings
 
 
@@ -313,7 +313,7 @@ ABILITIES = {
     "format": 1,
     "edits": 2,
     "weights": "0" * 32,
-    "tasks": {"rte": {"how": {}, "metric": "acc", "value": 0.5}},
+    "tasks": {"rte": {"how": {}, "metric": "acc", "value": 0.5, "stderr": None, "records": [1.0, 0.0]}},
 }
 MEASURED = {
     "record": 0,
@@ -401,7 +401,7 @@ def test_what_a_run_goes_on_with(record_property, place):
         assert isinstance(events.off, bool) and (reason is None or isinstance(reason, str))
 
     def able() -> None:
-        assert isinstance(read_abilities(folder / "abilities.json")["tasks"], dict)
+        assert isinstance(read_tally(folder / "abilities.json")["tasks"], dict)
 
     def audited() -> None:
         audit = read_audit(folder / "audit.json")

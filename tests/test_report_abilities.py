@@ -12,12 +12,14 @@ from report_runs import checkpoint, manifest, write_run, write_study
 from scipy import stats
 
 from sphere_plugin.errors import CacheError
+from sphere_plugin.evaluation.abilities import Suite
 from sphere_plugin.files import write_json
 from sphere_plugin.report import abilities
 from sphere_plugin.report.page import write_report
 from sphere_plugin.report.read import read_runs
 from sphere_plugin.report.studies import studies_of
 from sphere_plugin.report.style import Pen
+from sphere_plugin.sequence.measured import Abilities
 
 HOW = {"task": "sphere_rte", "version": "1.0", "records": 4}
 
@@ -150,10 +152,20 @@ def test_the_section_is_there_only_if_something_was_measured(pair, tmp_path) -> 
         {"format": 1, "edits": 20, "tasks": {"rte": 3}},
         {"format": 1, "edits": 20, "tasks": {"rte": {**kept(1), "value": "high"}}},
         {"format": 1, "edits": 20, "tasks": {"rte": {**kept(1), "records": None}}},
+        {"format": 1, "edits": 20, "tasks": {"rte": {**kept(1), "records": ["right"]}}},
+        {"format": 1, "edits": 20, "tasks": {"rte": {**kept(1), "how": None}}},
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, content) -> None:
+def test_a_damaged_file_is_named_by_whoever_reads_it(tmp_path, content) -> None:
     folder = write_study(tmp_path, ("memit",)) / "memit"
-    write_json(folder / "abilities" / "000020.json", content)
+    write_json(folder / "abilities" / "000020.json", {"weights": "0" * 32, **content} if content else content)
     with pytest.raises(CacheError, match="000020.json"):
         abilities.gather(study_of(tmp_path))
+    with pytest.raises(CacheError, match="000020.json"):
+        Abilities(folder, Suite(())).check()
+
+
+def test_a_file_with_other_records_than_the_others_is_named(pair) -> None:
+    put(pair / "memit+sphere", 20, rte=kept(1, 0, 1))
+    with pytest.raises(CacheError, match=r"000020.json: got '3 records of rte', expected 4, as elsewhere"):
+        abilities.gather(study_of(pair))

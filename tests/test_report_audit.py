@@ -57,6 +57,12 @@ def test_runs_without_an_audit_have_no_table(study) -> None:
     assert table(study) == {}  # the unedited model alone says nothing
 
 
+def test_the_folder_of_an_embedder_is_told_by_its_last_part(study) -> None:
+    for edits, factor in ((0, 1.0), (80, 1.5)):
+        write(study, "memit", edits, factor, SETTINGS | {"embedder": "/home/somebody/mpnet"})
+    assert "embedded by mpnet." in table(study)["audit"].note
+
+
 def test_the_table_has_the_numbers_of_the_files(study) -> None:
     before = write(study, "memit", 0, 1.0)
     write(study, "memit+sphere", 0, 1.0)

@@ -57,7 +57,7 @@ def diagnose(folder, **settings):
         told["after"] = read_json(folder / "journal" / f"{batch:06d}.json")["after"]
         told["layers"] = [layer(name, 10 * batch, entry) for name in LAYERS]
         write_json(folder / "diagnostics" / f"{10 * batch:06d}.json", told)
-    space = {"name": LAYERS[0], "layer": 3, "width": 64, "threshold": 0.02, "null": 60, "rank": 62}
+    space = {"name": LAYERS[0], "layer": 3, "width": 14336, "threshold": 0.02, "null": 14326, "rank": 62}
     write_json(folder / "diagnostics" / "spaces.json", {"format": 1, "layers": [space]})
 
 
@@ -124,7 +124,15 @@ def test_other_inputs_are_told(tmp_path):
     assert said.startswith("MEMIT + SPHERE: diagnosed with other settings") and "'keys': 7" in said
 
 
-@pytest.mark.parametrize("content", [[], {"batch": 1, "edits": 10, "layers": 3}, {"batch": 1, "layers": []}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"batch": 1, "edits": 10, "settings": {}, "layers": 3},
+        {"batch": 1, "settings": {}, "layers": []},
+        {"batch": 1, "edits": 10, "settings": {"format": 2}, "layers": []},
+    ],
+)
 def test_a_damaged_diagnosis_is_named(tmp_path, content):
     folder = write_study(tmp_path, ("memit",))
     diagnose(folder / "memit")
@@ -247,8 +255,15 @@ def test_numbers_stand_side_by_side(study, found):
 
 
 def test_null_spaces_are_told(study, found):
-    line = cells(interference.spaces(study, found))[0]
-    assert (line["Weight"], line["Inputs"], line["Null space"], line["Rank of E[kkᵀ]"]) == (LAYERS[0], 64, 60, 62)
+    grid = interference.spaces(study, found)
+    assert [field.text for field in grid.lines[0].fields[1:]] == [LAYERS[0], "14336", "0.02", "14326", "62"]
+    assert [field.value for field in grid.lines[0].fields[2:]] == [14336, 0.02, 14326, 62]
+
+
+def test_how_many_inputs_is_written_whole(study, found):
+    for row in found.rows:
+        row.told["inputs"]["text"]["keys"] = 12345
+    assert interference.grid(study, found).lines[0].fields[2].text == "12345"
 
 
 def test_everything_is_in_a_file_unrounded(study, found):

@@ -183,13 +183,15 @@ def test_a_missing_library_is_named(monkeypatch):
 def test_without_texts_nothing_of_the_data_is_told_and_no_folder(tmp_path):
     case = {"prompt": "The tower is in", "subject": "tower", "target_new": "Rome", "text": "The tower is in Paris"}
     told = manifest("memit", settings={"data": "/home/somebody/facts.json", "guard": None, "layers": [3]})
+    told["model"]["name"] = "/home/somebody/models/mine"
     write_run(tmp_path / "run", told, [checkpoint(10, {"efficacy_exact": [1.0, 0.0]}, cases=[case])])
     with_texts = write_report([tmp_path / "run"], tmp_path / "with").read_text()
     without = write_report([tmp_path / "run"], tmp_path / "without", Options(texts=False)).read_text()
     assert "The tower is in" in with_texts and "study1-cases" in with_texts
     assert "The tower" not in without and "study1-cases" not in without
     for text in (with_texts, without):
-        assert "somebody" not in text and "&#34;data&#34;: &#34;facts.json&#34;" in text
+        assert "somebody" not in text and "mine, facts.json, after 10 edits" in text
+        assert "&#34;data&#34;: &#34;facts.json&#34;" in text
     for path in (tmp_path / "without").iterdir():
         assert b"The tower" not in path.read_bytes() and b"somebody" not in path.read_bytes()
 

@@ -67,6 +67,30 @@ def test_every_entry_is_held_against_the_controls(tmp_path):
     assert pairs == {("memit+sphere", "memit"), ("memit", "memit+shrunk"), ("memit+sphere", "memit+shrunk")}
 
 
+def test_controls_are_held_against_their_own_method_and_each_other_once(tmp_path):
+    entries = ("memit", "memit+sphere", "memit+random", "memit+shrunk", "rect", "rect+sphere", "rect+random")
+    study = study_of(write_study(tmp_path, entries))
+    pairs = [(one.entry.name, one.base.name) for one in paired.comparisons(study) if one.metric is EFFICACY]
+    assert sorted(pairs) == sorted(
+        [
+            ("memit+sphere", "memit"),
+            ("rect+sphere", "rect"),
+            ("memit", "memit+random"),
+            ("memit+sphere", "memit+random"),
+            ("memit+shrunk", "memit+random"),
+            ("memit", "memit+shrunk"),
+            ("memit+sphere", "memit+shrunk"),
+            ("rect", "rect+random"),
+            ("rect+sphere", "rect+random"),
+        ]
+    )
+
+
+def test_the_smallest_p_stays_clear_among_many_tests():
+    for tests in (1, 49, 50, 120):
+        assert tests * paired.permutation([1.0] * 40, tests) < 0.01
+
+
 def test_few_differences_are_tested_by_all_signs():
     differences = [0.4, -0.1, 0.3, 0.0, 0.25, 0.2, -0.05]
     total = sum(differences)

@@ -100,6 +100,22 @@ def test_what_cannot_be_compared_is_kept_apart(tmp_path):
     assert len(studies_of(read_runs([tmp_path]))) == 3
 
 
+@pytest.mark.parametrize(
+    ("change", "studies"),
+    [
+        ({"settings": {"fluency": 0}}, 1),  # what older manifests, without the key, mean
+        ({"settings": {"fluency": 40}}, 2),
+        ({"seed": 1}, 1),
+        ({"seed": 1, "sample": 10}, 2),
+    ],
+)
+def test_runs_that_were_asked_other_things_are_kept_apart(tmp_path, change, studies):
+    sample = {"sample": change["sample"]} if "sample" in change else {}
+    write_run(tmp_path / "a", manifest("memit", **sample))
+    write_run(tmp_path / "b", manifest("memit") | change)
+    assert len(studies_of(read_runs([tmp_path]))) == studies
+
+
 def test_other_settings_are_another_entry(tmp_path):
     for name, eta in (("a", 0.5), ("b", 0.9)):
         told = manifest("memit+sphere", order=None, method={"alg_name": "MEMIT", "hparams": {"eta": eta}})

@@ -172,6 +172,50 @@ def test_without_a_default_in_the_grid_the_method_alone_is_compared(tmp_path):
     assert "Against MEMIT (no default in the grid) with 20.00: +10.00" in sentence(sweep, choice)
 
 
+@pytest.mark.parametrize(("best", "verdict"), [(0.3, "clearly worse"), (0.39, "not clear"), (0.41, "not clear")])
+def test_without_a_default_sphere_is_recommended_only_if_it_is_clearly_better(tmp_path, best, verdict):
+    sweep = constructed(tmp_path, {None: 0.4, 0.5: best, 1.0: 0.2})
+    (choice,) = choices(sweep)
+    assert choice.best.values == {"alpha": 0.5} and choice.recommended is None
+    said = sentence(sweep, choice)
+    assert f"records), {verdict}. SPHERE is not recommended here: it is not clearly better than" in said
+    assert (plain(sweep, choice)["recommended"], plain(sweep, choice)["values"]) == (None, {})
+
+
+def test_where_the_default_was_not_scored_nothing_else_is_recommended(tmp_path):
+    constructed(tmp_path, {None: 0.2, 0.5: 0.3, 0.8: 0.4})
+    (tmp_path / "memit+sphere" / "alpha=0.8" / "checkpoints" / "000080.json").unlink()
+    write_json(
+        tmp_path / "memit+sphere" / "alpha=0.8" / "guard.json", [{"edits": 40, "action": "stop", "reason": "x"}]
+    )
+    sweep = read_sweep(tmp_path)
+    (choice,) = choices(sweep)
+    assert choice.clear and choice.recommended is choice.default is sweep.cells[2]
+    said = sentence(sweep, choice)
+    assert "Against MEMIT with 20.00: +10.00" in said and "no default in the grid" not in said
+    assert said.endswith("The default was not scored, and without it nothing else is recommended. Recommended: α 0.8.")
+
+
+def test_the_method_alone_is_not_tested_against_itself(tmp_path):
+    """α = 0 has its runs; in the family of Holm's correction it would only raise the others' p."""
+    sweep = constructed(tmp_path, {None: 0.4, 0: 0.4, 0.5: 0.3, 1.0: 0.35})
+    (choice,) = choices(sweep)
+    assert choice.best.values == {"alpha": 0} and choice.advantage is choice.recommended is None
+    assert "That is the method alone. SPHERE is not recommended here" in sentence(sweep, choice)
+    same, *others = (sweep.test(cell, BY_NAME["efficacy"]) for cell in sweep.projected())
+    assert (same.difference, same.p, same.holm) == (0.0, None, None)
+    assert [one.holm for one in others] == paired.holm([one.p for one in others])
+    assert constructed(tmp_path, {None: 0.2, 0: 0.2, 0.5: 0.3, 1.0: 0.4}).cells[1].runs == ("memit/base",)
+    (choice,) = choices(read_sweep(tmp_path))
+    assert choice.advantage.tests == 2 and choice.recommended is choice.best
+
+
+def test_the_smallest_p_stays_clear_in_a_large_grid(tmp_path):
+    ours, theirs = [[1.0, 1.0, 1.0]] * 60, [[0.5, 0.5, 0.5]] * 60
+    for tests in (1, 49, 50, 400):
+        assert tests * recommend._compared(ours, theirs, paired.resamples(tests)).p < 0.01
+
+
 def test_nothing_is_recommended_where_nothing_is_scored(tmp_path):
     sweep = read_sweep(write_sweep(tmp_path, {"alpha": [0.8]}, ("memit",), scores=lambda *_: {"fluency": [6.0]}))
     (choice,) = choices(sweep)
@@ -191,11 +235,11 @@ def test_the_p_value_is_that_of_exchanging_cells_record_by_record():
     for exchanged in itertools.product((False, True), repeat=len(ours)):
         couples = [(b, a) if turn else (a, b) for a, b, turn in zip(ours, theirs, exchanged, strict=True)]
         every.append(gap([a for a, _ in couples], [b for _, b in couples]))
-    found = recommend._compared(ours, theirs)
+    found = recommend._compared(ours, theirs, 9999)
     assert found.difference == pytest.approx(gap(ours, theirs))
     assert found.p == pytest.approx(fmean(abs(one) >= abs(found.difference) - 1e-12 for one in every), abs=0.015)
-    assert recommend._compared(ours, ours).p == 1.0
-    zero = recommend._compared([[0.0, 1.0]], [[0.0, 0.5]])
+    assert recommend._compared(ours, ours, 9999).p == 1.0
+    zero = recommend._compared([[0.0, 1.0]], [[0.0, 0.5]], 9999)
     assert (zero.difference, zero.low, zero.n) == (0.0, None, 1)
 
 
@@ -234,6 +278,24 @@ def test_several_orders_are_paired_order_by_order(tmp_path):
 
 
 # ---- what is missing, and what else is there ----
+
+
+def test_an_order_that_ended_early_or_never_began_leaves_no_mean_of_the_others(tmp_path):
+    write_sweep(tmp_path, {"alpha": [0.5, 0.8, 1.0]}, ("memit",), orders=(1, 2))
+    stopped, gone = (tmp_path / "memit+sphere" / f"alpha={alpha},order=2" for alpha in (0.5, 0.8))
+    (stopped / "checkpoints" / "000080.json").unlink()
+    write_json(stopped / "guard.json", [{"edits": 40, "reason": "too far", "action": "stop"}])
+    (gone / "manifest.json").unlink()
+    sweep = read_sweep(tmp_path)
+    reasons = [sweep.value(cell, BY_NAME["efficacy"]).reason for cell in sweep.cells]
+    assert reasons[1] == "not available: order 2: its guard ended it after 40 edits: too far"
+    assert reasons[2] == "not available: no run in memit+sphere/alpha=0.8,order=2"
+    for name in ("efficacy", "energy"):
+        differences = [sweep.difference(cell, BY_NAME[name]) for cell in sweep.projected()]
+        assert differences[:2] == [None, None] and differences[2] is not None
+    assert [sweep.orders(cell) for cell in sweep.cells] == [2, 1, 1, 2]
+    (choice,) = choices(sweep)
+    assert choice.cells == 1 and choice.recommended.values == {"alpha": 0.8}
 
 
 def test_cells_that_are_missing_are_named(tmp_path):

@@ -9,7 +9,7 @@ from report_runs import checkpoint, manifest, write_run
 
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.files import write_json
-from sphere_plugin.report import comparison, published
+from sphere_plugin.report import bars, comparison, paired, published
 from sphere_plugin.report.numbers import METRICS, Value, averaged, shown, shown_value, written
 from sphere_plugin.report.read import read_runs
 from sphere_plugin.report.studies import studies_of
@@ -105,9 +105,31 @@ def test_several_orders_are_averaged_with_their_spread(tmp_path):
     assert "several orders" in " ".join(comparison.notes(study))
 
 
-def test_an_order_that_was_not_scored_is_left_out():
-    assert averaged([Value(None), Value(0.5, 0.1, 4)]) == Value(0.5, 0.1, 4)
+def test_an_order_without_a_number_leaves_no_mean():
+    assert averaged([Value(0.5, 0.1, 4)]) == Value(0.5, 0.1, 4)
+    assert averaged([Value(None), Value(0.5)]) == Value(None, reason="not available: not scored in 1 of 2 orders")
+    energy = Value(None, reason="not available: no finite energy of w")
+    assert averaged([Value(0.5), energy, energy]).reason == "not available: no finite energy of w in 2 of 3 orders"
     assert averaged([Value(None, reason="because"), Value(None)]).reason == "because"
+
+
+def test_an_order_that_ended_early_leaves_no_mean_of_the_others(tmp_path):
+    """Its model has collapsed: the mean of the survivors would be too good."""
+    points = [checkpoint(edits, exact(1.0, 0.0), nll=3.0) for edits in (10, 80)]
+    for order in (1, 2, 3):
+        write_run(tmp_path / f"ft-{order}", manifest("ft", order=order), points[: 1 if order > 1 else 2])
+    write_json(tmp_path / "ft-2" / "guard.json", [{"edits": 10, "reason": "too far", "action": "stop"}])
+    study = one_study(tmp_path, (manifest("ft+sphere", order=1), points))
+    assert study.moment == 80
+    why = "not available: order 2: its guard ended it after 10 edits: too far; order 3: no checkpoint after 80 edits"
+    assert {metric: cells(study)["FT"][metric].text for metric in ("efficacy", "perplexity")} == {
+        "efficacy": why,
+        "perplexity": why,
+    }
+    (pair, *_) = bars.gains(study)
+    assert (pair.before.mean, pair.gain_text) == (None, "not available")
+    (test,) = paired.comparisons(study)
+    assert (test.p, test.reason) == (None, f"FT: {why}")
 
 
 def test_shared_targets_are_marked_everywhere(tmp_path):
@@ -148,6 +170,13 @@ def test_latex_marks_and_escapes(tmp_path):
     assert r"\{x\}\textasciicircum{}\textasciitilde{}\textbackslash{} & $\underline{50.00\pm 98.00}$" in text
     assert text.count(r"\\") == 4
     assert "-- &" in text
+
+
+def test_latex_writes_large_numbers_as_powers_of_ten(tmp_path):
+    points = [checkpoint(10, {"efficacy_exact": [2.0e15, 0.0]}, nll=40.0)]
+    text = comparison.table_latex(one_study(tmp_path, (manifest("memit"), points)))
+    assert r"$2.35 \times 10^{17}$" in text
+    assert r"$1.00 \times 10^{17}\pm 1.96 \times 10^{17}$" in text
 
 
 def test_the_protocol_chooses_the_scores(tmp_path):

@@ -13,13 +13,14 @@ from pico_runs import COLLAPSING, files, mapping, place, prints, scores, setting
 from sphere_plugin.cli import main
 from sphere_plugin.errors import CacheError, ConfigError, RequestError
 from sphere_plugin.evaluation.abilities import Suite
+from sphere_plugin.evaluation.tallies import path_of, read_tallies, read_tally
 from sphere_plugin.files import read_json, write_json
 from sphere_plugin.journaling.revisit import Revisited
 from sphere_plugin.journaling.undoing import undo
 from sphere_plugin.sequence import abilities_command, measured
 from sphere_plugin.sequence.abilities import AbilityPlan
-from sphere_plugin.sequence.compare import COMPARISON
-from sphere_plugin.sequence.measured import Abilities, AbilitiesAlong, path_of, read_abilities
+from sphere_plugin.sequence.manifest import COMPARISON
+from sphere_plugin.sequence.measured import Abilities, AbilitiesAlong
 from sphere_plugin.sequence.runner import check, start
 from sphere_plugin.sequence.settings import RunSettings
 
@@ -64,7 +65,7 @@ def copied(run, tmp_path):
 
 def stored(folder):
     """Edits -> what was measured, without what differs from time to time."""
-    found = {int(path.stem): read_abilities(path)["tasks"] for path in sorted((folder / "abilities").glob("*.json"))}
+    found = {edits: content["tasks"] for edits, content in read_tallies(folder).items()}
     return {
         edits: {name: {key: one[key] for key in one if key not in ("seconds", "from")} for name, one in tasks.items()}
         for edits, tasks in found.items()
@@ -148,7 +149,7 @@ def test_every_moment_is_what_the_suite_says_of_its_weights(here, run) -> None:
     seen, suite = Revisited(run), Suite(TASKS, here / "data", 3, batch_size=2)
     for edits, tasks in stored(run).items():
         seen.go(edits)
-        assert read_abilities(path_of(run, edits))["weights"] == seen.journal.fingerprint_of(seen.weights)
+        assert read_tally(path_of(run, edits))["weights"] == seen.journal.fingerprint_of(seen.weights)
         assert list(tasks) == TASKS
         for name, kept in tasks.items():
             score = suite.measure(name, seen.model, seen.tokenizer)
@@ -158,7 +159,7 @@ def test_every_moment_is_what_the_suite_says_of_its_weights(here, run) -> None:
                 list(score.records),
             )
             assert kept["how"] == suite.how(name)
-    around = read_abilities(path_of(run, 0))
+    around = read_tally(path_of(run, 0))
     assert around["device"] == "cpu"
     assert around["threads"] == 1
 
@@ -223,7 +224,7 @@ def test_a_task_can_be_added_and_the_text(here, copied) -> None:
     text = here / "text.txt"
     assert abilities(copied, "--tasks", "boolq", "--data", here / "data", "--text", text, "--at", "0,4") == 0
     assert len({stored(copied)[edits]["perplexity"]["value"] for edits in (0, 4)}) == 2
-    tasks = read_abilities(path_of(copied, 4))["tasks"]
+    tasks = read_tally(path_of(copied, 4))["tasks"]
     assert sorted(tasks) == ["boolq", "nq", "perplexity", "rte"]
     assert tasks["boolq"]["how"]["records"] == 6
     assert tasks["perplexity"]["value"] > 1
@@ -271,10 +272,10 @@ def test_damage_is_named(here, copied, capsys) -> None:
     assert "edits that were taken back" in capsys.readouterr().err
     write_json(path, content | {"format": 2})
     with pytest.raises(CacheError, match="format 1"):
-        read_abilities(path)
+        read_tally(path)
     path.write_text("{")
     with pytest.raises(CacheError, match="000004.json"):
-        read_abilities(path)
+        read_tally(path)
 
 
 def test_a_kill_between_two_tasks_loses_one_at_most(here, copied, monkeypatch) -> None:
@@ -304,7 +305,7 @@ def test_a_comparison_measures_the_unedited_model_once(here, hparams, tmp_path, 
     write_json(tmp_path / "both" / COMPARISON, told.plain())
     for entry in told.entries:  # as `compare` does, but here
         start(told.for_entry(entry), tmp_path / "both" / entry)
-    first, second = (read_abilities(path_of(tmp_path / "both" / one, 0)) for one in ("memit", "memit+sphere"))
+    first, second = (read_tally(path_of(tmp_path / "both" / one, 0)) for one in ("memit", "memit+sphere"))
     assert [one.get("from") for one in first["tasks"].values()] == [None, None]
     assert [one.get("from") for one in second["tasks"].values()] == ["memit", "memit"]
     assert second["tasks"]["rte"]["records"] == first["tasks"]["rte"]["records"]
@@ -312,7 +313,7 @@ def test_a_comparison_measures_the_unedited_model_once(here, hparams, tmp_path, 
     assert abilities(tmp_path / "both", "--tasks", "boolq", "--data", here / "data") == 0
     said = capsys.readouterr().out
     assert [line for line in said.splitlines() if line.startswith("MEMIT")] == ["MEMIT", "MEMIT + SPHERE"]
-    taken = read_abilities(path_of(tmp_path / "both" / "memit+sphere", 0))["tasks"]
+    taken = read_tally(path_of(tmp_path / "both" / "memit+sphere", 0))["tasks"]
     assert {name: one.get("from") for name, one in taken.items()} == dict.fromkeys(("nq", "rte", "boolq"), "memit")
 
 
@@ -321,7 +322,7 @@ def test_runs_that_are_no_comparison_are_measured_each(here, run, tmp_path) -> N
         shutil.copytree(run, tmp_path / name)
     shutil.rmtree(tmp_path / "two" / "abilities")
     assert abilities(tmp_path / "two", *flags(here, "--at", "0")) == 0
-    assert not any("from" in one for one in read_abilities(path_of(tmp_path / "two", 0))["tasks"].values())
+    assert not any("from" in one for one in read_tally(path_of(tmp_path / "two", 0))["tasks"].values())
 
 
 def test_a_model(here, tmp_path, capsys, monkeypatch) -> None:

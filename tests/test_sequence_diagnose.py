@@ -20,6 +20,7 @@ from sphere_plugin.editing.keys import KeyReader
 from sphere_plugin.editing.locate import Locator
 from sphere_plugin.editing.requests import read_requests
 from sphere_plugin.errors import CacheError, ConfigError
+from sphere_plugin.evaluation.diagnoses import read_diagnosis
 from sphere_plugin.files import read_json, write_json
 from sphere_plugin.geometry import PrincipalSpace, delta_he, hyperspherical_energy
 from sphere_plugin.geometry.interference import lengths
@@ -56,7 +57,7 @@ def run(whole, tmp_path):
 
 
 def diagnosis(folder, edits):
-    return read_json(folder / "diagnostics" / f"{edits:06d}.json")
+    return read_diagnosis(folder / "diagnostics" / f"{edits:06d}.json")
 
 
 def states(folder, number, name):

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -45,9 +45,6 @@ SEED: Final = 0  # of the choice of examples, in tasks of the harness that choos
 BATCH: Final = 16
 _RESAMPLES: Final = 1000  # for standard errors of what is no mean
 _LIBRARIES: Final = ("lm_eval", "datasets", "accelerate", "peft")
-
-# Called with (what, done now, of how many in all).
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

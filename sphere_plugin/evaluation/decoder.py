@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sphere_plugin.models.forward import pad_right, trunk
 from sphere_plugin.models.placement import input_device
+
+Row = TypeVar("Row")
 
 
 class Decoder:
@@ -24,6 +27,13 @@ class Decoder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.continues = "position_ids" in inspect.signature(trunk(model).forward).parameters
+
+    def together(self, rows: Sequence[Row], length: Callable[[Row], int]) -> Iterator[Sequence[Row]]:
+        """Rows, sorted by the length of their prompts, in groups that can be continued side by side."""
+        if self.continues:
+            yield rows
+        else:
+            yield from (tuple(group) for _, group in groupby(rows, key=length))
 
     @property
     def device(self) -> torch.device:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from statistics import fmean
 
 import torch
@@ -70,21 +69,13 @@ def write(
         if progress is not None:
             progress(sum(counts[start] for start in done))
 
-    for group in _groups(decoder, rows):
+    for group in decoder.together(rows, lambda start: len(start.ids)):
         texts.update(
             ranks.through(
                 "texts", group, lambda start: length, batch_tokens, lambda p: _write(decoder, p, length, top_k), told
             )
         )
     return [texts[start] for start in starts]
-
-
-def _groups(decoder: Decoder, rows: Sequence[Start]) -> Iterator[Sequence[Start]]:
-    """What can be written side by side; without padding where the model cannot be told positions."""
-    if decoder.continues:
-        yield rows
-    else:
-        yield from (tuple(group) for _, group in groupby(rows, key=lambda start: len(start.ids)))
 
 
 def _write(decoder: Decoder, starts: Sequence[Start], length: int, top_k: int) -> list[tuple[int, ...]]:

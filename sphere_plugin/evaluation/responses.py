@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -86,7 +85,7 @@ def respond(
         raise RequestError("prompts", got, f"{limit} tokens together", "Leave the longest prompts out.")
     order = sorted(dict.fromkeys(prompts), key=len)
     answers: dict[Ids, list[Ids]] = {}
-    for group in _groups(decoder, order):
+    for group in decoder.together(order, len):
         for piece, drawn in work_through(
             group,
             lambda ids: sampling.samples * (len(ids) + sampling.tokens),
@@ -95,14 +94,6 @@ def respond(
         ):
             answers.update(zip(piece, drawn, strict=True))
     return [answers[ids] for ids in prompts]
-
-
-def _groups(decoder: Decoder, rows: Sequence[Ids]) -> Iterator[Sequence[Ids]]:
-    """What can be continued side by side."""
-    if decoder.continues:
-        yield rows
-    else:
-        yield from (tuple(group) for _, group in groupby(rows, key=len))
 
 
 def _respond(decoder: Decoder, prompts: Sequence[Ids], sampling: Sampling, ends: frozenset[int]) -> list[list[Ids]]:

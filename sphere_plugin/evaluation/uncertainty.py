@@ -14,9 +14,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from sphere_plugin.errors import ConfigError, HostError
+from sphere_plugin.errors import ConfigError
 
 RESAMPLES: Final = 9999
+CHUNK: Final = 500  # resamples at a time
 SEED: Final = 0
 
 
@@ -62,7 +63,7 @@ class Change:
 
     Attributes:
         value: None where it cannot be had: no facts, or no uncertainty before the edits.
-        low, high: None for fewer than two facts.
+        low, high: None for fewer than two facts, and where too many samples have no uncertainty before the edits.
         n: how many facts.
     """
 
@@ -96,20 +97,17 @@ def _resampled(columns: Sequence[Sequence[float]], of: Callable[..., Any]) -> Ch
     return Change(float(of(*means)), low, high, count)
 
 
-def _interval(columns: Sequence[Sequence[float]], of: Callable[..., Any]) -> tuple[float, float]:
-    try:
-        from scipy.stats import bootstrap
-    except ImportError as error:
-        remedy = "Install it: pip install 'sphere-plugin[audit]'."
-        raise HostError("the interval of ΔU", f"no scipy ({error})", "scipy", remedy) from error
-    found = bootstrap(
-        tuple(columns),
-        lambda *samples, axis: of(*(sample.mean(axis=axis) for sample in samples)),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=500,
-        method="percentile",
-        rng=SEED,
-    ).confidence_interval
-    return float(found.low), float(found.high)
+def _interval(columns: Sequence[Sequence[float]], of: Callable[..., Any]) -> tuple[float | None, float | None]:
+    import numpy
+
+    values, random = numpy.asarray(columns, dtype=float), numpy.random.default_rng(SEED)
+    count, drawn = values.shape[1], []
+    with numpy.errstate(divide="ignore", invalid="ignore"):  # a sample may be of facts without any before the edits
+        for done in range(0, RESAMPLES, CHUNK):
+            chosen = random.integers(0, count, (min(CHUNK, RESAMPLES - done), count))
+            drawn.append(of(*values[:, chosen].mean(axis=2)))
+        changes = numpy.concatenate(drawn)
+        sides = ((-math.inf, 0.025), (math.inf, 0.975))  # what is undefined lies outside at either end
+        ends = [float(numpy.quantile(numpy.where(numpy.isnan(changes), out, changes), at)) for out, at in sides]
+    low, high = (end if math.isfinite(end) else None for end in ends)
+    return low, high

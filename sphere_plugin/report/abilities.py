@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,8 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from sphere_plugin.errors import CacheError
-from sphere_plugin.files import read_json
+from sphere_plugin.evaluation.abilities import PERPLEXITY
+from sphere_plugin.evaluation.tallies import REMEDY, path_of, read_tallies
 from sphere_plugin.report.curves import MANY, STEEP, TOP
 from sphere_plugin.report.grid import Field, Grid, Line
 from sphere_plugin.report.numbers import written, written_p
@@ -21,9 +21,6 @@ from sphere_plugin.report.read import Run
 from sphere_plugin.report.studies import Entry, Study
 from sphere_plugin.report.style import Panel, Pen, Plate
 
-FOLDER: Final = "abilities"
-FORMAT: Final = 1
-PERPLEXITY: Final = "perplexity"
 NOT_MEASURED: Final = "not measured"
 TITLES: Final = MappingProxyType(
     {
@@ -109,17 +106,21 @@ def gather(study: Study) -> Measured:
     Raises:
         CacheError: a file is damaged.
     """
-    hows: dict[str, tuple[Any, str]] = {}
+    hows: dict[str, tuple[Any, str, int]] = {}
     found: dict[str, dict[int, dict[int, list[Score]]]] = {}
     missing: dict[str, None] = {}
     told_of: set[tuple[str, int]] = set()
     for entry in study.entries:
         for run in entry.runs:
             for edits, name, told, path in _stored(run):
-                how, metric = hows.setdefault(name, (told.get("how"), str(told.get("metric"))))
-                score = None if told.get("how") != how else _score(told, metric, path, name)
+                how, metric, count = hows.setdefault(name, (told["how"], told["metric"], len(told["records"])))
+                score = _score(told, metric) if told["how"] == how else None
+                if score is not None and len(score.records) != count:
+                    raise CacheError(
+                        str(path), f"{len(score.records)} records of {name}", f"{count}, as elsewhere", REMEDY
+                    )
                 if score is None:
-                    why = f" after {edits} edits: not finite" if told.get("how") == how else ": other settings"
+                    why = f" after {edits} edits: not finite" if told["how"] == how else ": other settings"
                     missing[f"{TITLES.get(name, name)} of {entry.label}{why}"] = None
                     told_of.add((name, entry.slot))
                 else:
@@ -180,12 +181,12 @@ def tests(study: Study, measured: Measured) -> Grid:
             common = max((own.keys() & other.keys()) - {0}, default=None)
             if common is not None:
                 rows.append((entry, base.label, task, common, _differences(own[common], other[common])))
-    ps = [permutation(row[-1]) for row in rows]
+    ps = [permutation(row[-1], len(rows)) for row in rows]
     lines = [Line(row[0], _tested(*row, p, corrected)) for row, p, corrected in zip(rows, ps, holm(ps), strict=True)]
     heads = ("Entry", "Against", "Task", "Edits", "Records", "Difference (%)", "95 % from", "95 % to", "Up / down")
     note = (
-        f"Difference on the same records, entry minus the other, at the last moment that both have. p: {TEST}, "
-        f"{RESAMPLES} random patterns where all would be more; corrected by Holm's method for all tests here. "
+        f"Difference on the same records, entry minus the other, at the last moment that both have. p: {TEST}; "
+        "corrected by Holm's method for all tests here. "
         f"Interval: percentile bootstrap over records, {RESAMPLES} samples."
     )
     title = "Paired tests of abilities"
@@ -197,39 +198,20 @@ def tests(study: Study, measured: Measured) -> Grid:
 
 def _stored(run: Run) -> list[tuple[int, str, Mapping[str, Any], Path]]:
     """(edits, task, what is kept of it, file) in the order of edits."""
-    paths = [path for path in (run.folder / FOLDER).glob("*.json") if path.stem.isdecimal()]
-    found: list[tuple[int, str, Mapping[str, Any], Path]] = []
-    for path in sorted(paths, key=lambda path: int(path.stem)):
-        content = read_json(path)
-        tasks = content.get("tasks") if isinstance(content, dict) else None
-        if not isinstance(tasks, dict) or content.get("format") != FORMAT or content.get("edits") != int(path.stem):
-            raise _wrong(path, "its content", f"abilities of format {FORMAT} after {int(path.stem)} edits")
-        for name, told in tasks.items():
-            if not isinstance(told, dict):
-                raise _wrong(path, told, f"an object for {name}")
-            found.append((int(path.stem), name, told, path))
-    return found
+    return [
+        (edits, name, told, path_of(run.folder, edits))
+        for edits, content in read_tallies(run.folder).items()
+        for name, told in content["tasks"].items()
+    ]
 
 
-def _score(told: Mapping[str, Any], metric: str, path: Path, name: str) -> Score | None:
+def _score(told: Mapping[str, Any], metric: str) -> Score | None:
     """A score in the unit of its task; None for one that is not finite."""
-    value, stderr, records = (told.get(key) for key in ("value", "stderr", "records"))
-    numbers = [one for one in (value, stderr) if one is not None]
-    if not isinstance(records, list) or not all(_is_number(one) for one in numbers):
-        raise _wrong(path, value, f"a value, its standard error and records for {name}")
-    known = tuple(float(one) for one in records if _is_number(one))
-    if value is None or len(known) < len(records):
+    value, stderr, records = (told[key] for key in ("value", "stderr", "records"))
+    if None in (value, *records):
         return None
-    scale = Task(name, metric, {}).scale
-    return Score(scale * float(value), None if stderr is None else scale * float(stderr), known)
-
-
-def _is_number(one: object) -> bool:
-    return isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one)
-
-
-def _wrong(path: Path, got: object, expected: str) -> CacheError:
-    return CacheError(str(path), got, expected, "Delete it and measure again, or leave that run out of the report.")
+    scale = Task("", metric, {}).scale
+    return Score(scale * value, None if stderr is None else scale * stderr, tuple(map(float, records)))
 
 
 def _together(scores: Sequence[Score]) -> Score:

@@ -10,7 +10,7 @@ from sphere_plugin.evaluation.audits import KINDS, TITLES, Audit, grown, lowered
 from sphere_plugin.evaluation.uncertainty import RESAMPLES, Change
 from sphere_plugin.report.grid import Field, Grid, Line
 from sphere_plugin.report.numbers import written
-from sphere_plugin.report.read import Run
+from sphere_plugin.report.read import Run, without_folders
 from sphere_plugin.report.studies import Entry, Study
 
 HEADS: Final = ("Method", "Data", "Edits", "Asked", "Prompts", "U before", "U after", "ΔU", "ΔU from", "ΔU to") + (
@@ -91,7 +91,7 @@ def _note(audited: Sequence[Audited], without: Sequence[str]) -> str:
     ]
     told: dict[str, None] = {}
     for audit in (audit for one in audited for audit in one.audits.values()):
-        told[_settings(audit.settings)] = None
+        told[_settings(without_folders(audit.settings))] = None
     said += told
     sources = dict.fromkeys(f"{kind}: {source}" for one in audited for kind, source in _sources(one))
     said.append(f"Paraphrases of {'; '.join(sources)}.")

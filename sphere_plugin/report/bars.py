@@ -42,8 +42,9 @@ class Pair:
     @property
     def gain_text(self) -> str:
         """As it is written everywhere."""
-        if self.before.mean is None or self.after.mean is None:
-            return "not scored"
+        lost = next((value.reason for value in (self.before, self.after) if value.mean is None), None)
+        if lost is not None:
+            return lost.partition(":")[0]
         if self.gain is None:
             return "from 0"
         text = written(100.0 * self.gain, 1)
@@ -71,7 +72,8 @@ def plate(study: Study) -> Plate:
         if pairs:
             panels.append(Panel(f"{metric.title} (%)", partial(_draw, pairs=pairs, metric=metric)))
         else:
-            why = "no two entries x and x+sphere with the same targets" if not study.pairs() else "not scored"
+            nobody = "no two entries x and x+sphere with the same targets"
+            why = "no score with SPHERE and without" if study.pairs() else nobody
             missing.append(f"{metric.title}: not available: {why}")
     caption = (
         f"Hatched: the method alone; filled: with SPHERE; after {study.moment} edits. Whiskers: 95 % half width. "

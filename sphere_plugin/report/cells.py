@@ -8,7 +8,7 @@ from typing import Any
 from sphere_plugin.report.comparison import protocol_in_words
 from sphere_plugin.report.grid import Field, Grid, Line
 from sphere_plugin.report.numbers import Metric, Value, shown, shown_value, written, written_p
-from sphere_plugin.report.paired import RESAMPLES, TEST
+from sphere_plugin.report.paired import TEST
 from sphere_plugin.report.recommend import CRITERION, Choice, plain, score
 from sphere_plugin.report.sweep import LEVEL, Cell, Sweep, in_words, value_in_words
 
@@ -39,9 +39,9 @@ def notes(sweep: Sweep) -> list[str]:
         if study.moment is not None
         else f"{study.model}, {study.data}. No run has a checkpoint after an edit yet.",
         f"Scores are of all edits so far: {protocol_in_words(study)}. ±: 1.96 s/√n over the scored edits.",
-        f"Differences are to the same method without SPHERE, edit by edit. {TEST[0].upper()}{TEST[1:]}, "
-        f"{RESAMPLES} random patterns where all would be more; corrected by Holm's method for all cells of a method "
-        f"and metric, clear below {LEVEL:g}. Perplexity and ΔHE are single numbers of a run and have no such test.",
+        f"Differences are to the same method without SPHERE, edit by edit. {TEST[0].upper()}{TEST[1:]}; corrected by "
+        f"Holm's method for all cells of a method and metric, clear below {LEVEL:g}. Perplexity and ΔHE are single "
+        "numbers of a run and have no such test.",
         "ΔHE: relative change of hyperspherical energy (s = 2), mean of the edited weights. Its difference is that of "
         "absolute values: below 0 the energy has stayed nearer to where it was.",
         f"Score: {CRITERION}.",

@@ -77,7 +77,7 @@ def rows(study: Study) -> list[Row]:
     first = [_cell(metric, study.unedited(metric), "", _paper(block, UNEDITED, metric)) for metric in metrics]
     orders = len({run.order for entry in study.entries for run in entry.runs})
     table = [Row("Unedited", None, 0, _count(first), orders, tuple(first))]
-    values = {entry.slot: [_at_moment(study, entry, metric) for metric in metrics] for entry in study.entries}
+    values = {entry.slot: [study.value(entry, metric) for metric in metrics] for entry in study.entries}
     ranks = [ranked(metric, [values[entry.slot][k] for entry in study.entries]) for k, metric in enumerate(metrics)]
     for index, entry in enumerate(study.entries):
         cells = tuple(
@@ -194,15 +194,6 @@ def _cell_json(cell: Cell) -> Mapping[str, Any]:
     )
 
 
-def _at_moment(study: Study, entry: Entry, metric: Metric) -> Value:
-    if not any(checkpoint.edits for run in entry.runs for checkpoint in run.checkpoints):
-        return Value(None, reason="not available: no checkpoint after an edit")
-    if study.moment is None or not entry.checkpoints(study.moment):
-        why = entry.stopped or f"no checkpoint after {study.moment} edits"
-        return Value(None, reason=f"not available: {why}")
-    return entry.value(metric, study.moment)
-
-
 def _cell(metric: Metric, value: Value, rank: str, paper: str) -> Cell:
     return Cell(metric, value, shown_value(metric, value), shown_spread(metric, value), rank, paper)
 
@@ -237,7 +228,13 @@ def _line(text: str) -> str:
 def _latex_cell(cell: Cell) -> str:
     if cell.value.mean is None:
         return "--" if cell.value.reason == NOT_SCORED else r"\emph{n/a}"
-    mean = shown(cell.metric, cell.value.mean).replace(MINUS, "-")
-    half = "" if cell.value.half is None else rf"\pm {shown(cell.metric, cell.value.half)}"
+    mean = _latex_number(shown(cell.metric, cell.value.mean))
+    half = "" if cell.value.half is None else rf"\pm {_latex_number(shown(cell.metric, cell.value.half))}"
     marked = {BEST: rf"\mathbf{{{mean}{half}}}", SECOND: rf"\underline{{{mean}{half}}}"}.get(cell.rank, mean + half)
     return f"${marked}$"
+
+
+def _latex_number(text: str) -> str:
+    """In a formula: "2.35e+17" is a product."""
+    mantissa, power, exponent = text.replace(MINUS, "-").partition("e")
+    return mantissa + (rf" \times 10^{{{int(exponent)}}}" if power else "")

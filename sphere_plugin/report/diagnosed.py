@@ -10,15 +10,13 @@ from statistics import fmean
 from typing import Any, Final
 
 from sphere_plugin.errors import CacheError
+from sphere_plugin.evaluation.diagnoses import REMEDY, read_diagnoses, read_spaces
 from sphere_plugin.files import read_json
 from sphere_plugin.report.grid import Field, Grid, Line
 from sphere_plugin.report.numbers import MINUS
 from sphere_plugin.report.read import Run
 from sphere_plugin.report.studies import Entry, Study
 
-FOLDER: Final = "diagnostics"
-SPACES: Final = "spaces.json"
-FORMAT: Final = 1
 KINDS: Final = ("text", "neighbours", "edited")  # of inputs
 # Columns of the CSV of everything, as paths in a layer of a diagnosis.
 _TERMS: Final = ("change", "first_order", "constant", "perturbation", "moved", "largest_step", "ratio", "neuron_ratio")
@@ -77,7 +75,7 @@ class Row:
         if value is None:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise _wrong(self.where, value, f"a number for {path} of {self.weight}")
+            raise CacheError(str(self.where), value, f"a number for {path} of {self.weight}", REMEDY)
         return float(value) if math.isfinite(value) else None
 
 
@@ -130,15 +128,19 @@ def gather(study: Study) -> Diagnosed:
     settings: dict[str, Any] = {}
     for entry in study.entries:
         for run in entry.runs:
-            found = _diagnoses(run)
-            fresh = [(path, told) for path, told in found if told.get("after") == _after(run, told)]
+            found = read_diagnoses(run.folder)
+            fresh = [(path, told) for path, told in found.items() if told.get("after") == _after(run, told)]
             if len(fresh) < len(found):
                 missing.append(f"{entry.label}: {len(found) - len(fresh)} diagnoses of batches that were undone")
             if not fresh:
                 missing.append(f"{entry.label}: not available: `sphere diagnose {run.folder.name}` was not run")
             missing += _other_settings(entry, fresh, settings)
-            rows += [row for path, told in fresh for row in _rows(entry, run, path, told)]
-        spaces += [(entry, one) for one in _spaces(entry.runs[0].folder / FOLDER / SPACES)]
+            rows += [
+                Row(entry, run, told["edits"], str(layer.get("name")), layer, path)
+                for path, told in fresh
+                for layer in told["layers"]
+            ]
+        spaces += [(entry, one) for one in read_spaces(entry.runs[0].folder) or ()]
     return Diagnosed(tuple(rows), tuple(spaces), tuple(dict.fromkeys(missing)))
 
 
@@ -161,66 +163,29 @@ def mean(values: Iterable[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def brief(number: float | None, factor: float = 1.0) -> str:
-    """Three digits, whatever the size; a dash for None."""
-    return "–" if number is None else f"{number * factor:.3g}".replace("-", MINUS)
-
-
-def _diagnoses(run: Run) -> list[tuple[Path, Mapping[str, Any]]]:
-    paths = sorted(path for path in (run.folder / FOLDER).glob("*.json") if path.stem.isdecimal())
-    return [(path, _object(read_json(path), path)) for path in paths]
-
-
-def _rows(entry: Entry, run: Run, path: Path, told: Mapping[str, Any]) -> list[Row]:
-    edits, layers = told.get("edits"), told.get("layers")
-    _check_format(path, _object(told.get("settings"), path))
-    if not isinstance(edits, int) or not isinstance(layers, list):
-        raise _wrong(path, edits if not isinstance(edits, int) else layers, "edits and layers")
-    each = [_object(layer, path) for layer in layers]
-    return [Row(entry, run, edits, str(layer.get("name")), layer, path) for layer in each]
+def brief(number: float | None, factor: float = 1) -> str:
+    """Three digits, whatever the size; of a whole number all of them; a dash for None."""
+    if number is None:
+        return "–"
+    return f"{number * factor:d}" if isinstance(number * factor, int) else f"{number * factor:.3g}".replace("-", MINUS)
 
 
 def _after(run: Run, told: Mapping[str, Any]) -> object:
     """The fingerprint of the weights after the batch, as the journal has it now."""
     path = run.folder / "journal" / f"{told.get('batch') or 0:06d}.json"
-    return _object(read_json(path), path).get("after") if path.exists() else None
+    record = read_json(path) if path.exists() else None
+    return record.get("after") if isinstance(record, dict) else None
 
 
 def _other_settings(entry: Entry, found: Sequence[tuple[Path, Mapping[str, Any]]], first: dict[str, Any]) -> list[str]:
     """Says so where diagnoses are not of the same inputs; ``first`` remembers the first ones."""
     for _, told in found:
-        now = {key: one for key, one in (told.get("settings") or {}).items() if key != "projected"}
+        now = {key: one for key, one in told["settings"].items() if key != "projected"}
         if first.setdefault("settings", now) != now:
             return [f"{entry.label}: diagnosed with other settings than the first: {now}"]
     return []
 
 
-def _spaces(path: Path) -> list[Mapping[str, Any]]:
-    if not path.exists():
-        return []
-    told = _object(read_json(path), path)
-    _check_format(path, told)
-    layers = told.get("layers")
-    if not isinstance(layers, list):
-        raise _wrong(path, layers, "a list of layers")
-    return [_object(layer, path) for layer in layers]
-
-
 def _natural(name: str) -> tuple[int, ...]:
     """Names of weights by the numbers in them."""
     return tuple(int(part) for part in name.split(".") if part.isdecimal())
-
-
-def _check_format(path: Path, told: Mapping[str, Any]) -> None:
-    if told.get("format", FORMAT) != FORMAT:
-        raise _wrong(path, told.get("format"), f"a diagnosis of format {FORMAT}")
-
-
-def _object(value: object, path: Path) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise _wrong(path, value, "an object, {…}")
-    return value
-
-
-def _wrong(path: Path, got: object, expected: str) -> CacheError:
-    return CacheError(str(path), got, expected, "Delete it and run `sphere diagnose` again.")

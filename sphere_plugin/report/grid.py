@@ -60,10 +60,7 @@ class Grid:
 
     def csv(self) -> str:
         """Returns it as CSV, numbers unrounded."""
-        rows = [
-            [field.text if field.value is None else repr(field.value) for field in one.fields] for one in self.lines
-        ]
-        return csv_text(self.heads, rows)
+        return csv_text(self.heads, ([field.raw for field in line.fields] for line in self.lines))
 
 
 def csv_text(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -116,9 +116,7 @@ def spaces(study: Study, diagnosed: Diagnosed) -> Grid:
     lines = []
     for entry, one in diagnosed.spaces:
         cells = [one.get(key) for key in ("width", "threshold", "null", "rank")]
-        numbers = [
-            Field(brief(float(cell)), float(cell)) if isinstance(cell, int | float) else Field("–") for cell in cells
-        ]
+        numbers = [Field(brief(cell), cell) if isinstance(cell, int | float) else Field("–") for cell in cells]
         lines.append(Line(entry, (Field(entry.label), Field(str(one.get("name"))), *numbers)))
     heads = ("Method", "Weight", "Inputs", "Threshold", "Null space", "Rank of E[kkᵀ]")
     note = "Null space: eigenvalues of E[kkᵀ] below the threshold, the rank of AlphaEdit's projector."
@@ -128,7 +126,6 @@ def spaces(study: Study, diagnosed: Diagnosed) -> Grid:
 def _fields(diagnosed: Diagnosed, entry: Entry, at: str) -> list[Field]:
     drift = diagnosed.curve(entry, f"{at}.drift_relative")
     told = [
-        (diagnosed.mean(entry, f"{at}.keys"), 1.0),
         (diagnosed.mean(entry, f"{at}.change.mean"), 1.0),
         (diagnosed.mean(entry, f"{at}.relative"), 100.0),
         (drift[-1][1] if drift else None, 100.0),
@@ -141,7 +138,9 @@ def _fields(diagnosed: Diagnosed, entry: Entry, at: str) -> list[Field]:
         (_share(diagnosed, entry, f"{at}.change.mean"), 100.0),
         (_share(diagnosed, entry, f"{at}.l_kp"), 100.0),
     ]
-    return [Field(brief(value, factor), None if value is None else value * factor) for value, factor in told]
+    keys = diagnosed.mean(entry, f"{at}.keys") or 0.0
+    numbers = [Field(brief(value, factor), None if value is None else value * factor) for value, factor in told]
+    return [Field(f"{keys:.0f}", keys), *numbers]
 
 
 def _chance(diagnosed: Diagnosed, entry: Entry) -> float | None:

@@ -134,14 +134,17 @@ def energy_change(run: Run, energy: Mapping[str, Mapping[str, float | None]]) ->
 
 
 def averaged(values: Iterable[Value]) -> Value:
-    """Returns one cell for several orders of the same entry; orders without a score are left out."""
+    """Returns one cell for several orders of an entry; none where an order has none, for it may have collapsed."""
     cells = tuple(values)
-    known = [cell for cell in cells if cell.mean is not None]
-    if len(known) < 2:
-        return known[0] if known else next(iter(cells), Value(None))
-    means = tuple(cell.mean for cell in known if cell.mean is not None)
-    halves = [cell.half for cell in known if cell.half is not None]
-    return Value(fmean(means), fmean(halves) if halves else None, min(cell.n for cell in known), means)
+    if len(cells) == 1:
+        return cells[0]
+    means = tuple(cell.mean for cell in cells if cell.mean is not None)
+    if len(means) < len(cells):
+        lost = next(cell.reason for cell in cells if cell.mean is None)
+        some = f"{lost.removeprefix('not available: ')} in {len(cells) - len(means)} of {len(cells)} orders"
+        return Value(None, reason=f"not available: {some}" if means else lost)
+    halves = [cell.half for cell in cells if cell.half is not None]
+    return Value(fmean(means), fmean(halves) if halves else None, min(cell.n for cell in cells), means)
 
 
 def shown(metric: Metric, number: float | None) -> str:

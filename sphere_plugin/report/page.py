@@ -28,7 +28,7 @@ from sphere_plugin.report import (
     theorem,
 )
 from sphere_plugin.report.grid import Grid
-from sphere_plugin.report.read import read_runs
+from sphere_plugin.report.read import read_runs, without_folders
 from sphere_plugin.report.studies import Study, studies_of
 from sphere_plugin.report.style import Plate, alone, picture, sheet
 from sphere_plugin.report.svg import svg, themes
@@ -232,15 +232,6 @@ def _context(one: Chapter, charts: Callable[[Plate], Any]) -> dict[str, Any]:
             for run in entry.runs
         ],
     }
-
-
-def without_folders(value: Any) -> Any:
-    """Returns JSON with only the last part of every absolute path in it: where files lay is nobody else's business."""
-    if isinstance(value, Mapping):
-        return {key: without_folders(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [without_folders(one) for one in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _write_files(one: Chapter, out: Path, tell: Callable[[str, int, int], None]) -> None:

@@ -1,8 +1,8 @@
 """Paired tests: two entries scored on the same records, record by record.
 
 The test is a permutation test: were the two the same, the sign of every difference would be a coin's. All sign
-patterns are tried where there are few, `RESAMPLES` random ones otherwise; two-sided. The interval is a percentile
-bootstrap over records. Both are seeded.
+patterns are tried where there are few, else as many random ones as `resamples` says; two-sided. The interval is a
+percentile bootstrap over records. Both are seeded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from sphere_plugin.report.studies import Entry, Study
 RESAMPLES: Final = 9999
 SEED: Final = 0
 CHUNK: Final = 500  # resamples at a time
-TEST: Final = "sign-flip permutation test of the mean difference, two-sided"
+PER_TEST: Final = 200  # sign patterns for every test that p is corrected for, where that is more than `RESAMPLES`
+TEST: Final = (
+    "sign-flip permutation test of the mean difference, two-sided, by all sign patterns or, where there are more than "
+    f"that, {RESAMPLES} random ones, {PER_TEST} for every test if that is more"
+)
 
 Scored = dict[tuple[str, int], float]
 
@@ -60,23 +64,24 @@ class Comparison:
 
 
 def comparisons(study: Study) -> list[Comparison]:
-    """Returns every x+sphere against its x, and every entry against the controls, for each metric with scores."""
-    couples = [(entry, base) for base, entry in study.pairs()]
-    couples += [
-        (entry, base) for base in study.entries if base.control for entry in study.entries if entry is not base
-    ]
+    """Returns every x+sphere against its x, and every entry against its controls, for each metric with scores."""
     metrics = [metric for metric in METRICS if metric.per_edit and study.has(metric)]
-    found = [compare(study, entry, base, metric) for entry, base in dict.fromkeys(couples) for metric in metrics]
+    planned = [(entry, base, metric) for entry, base in _couples(study) for metric in metrics]
+    found = [compare(study, *one, len(planned)) for one in planned]
     corrected = iter(holm([one.p for one in found if one.p is not None]))
     return [one if one.p is None else replace(one, holm=next(corrected)) for one in found]
 
 
-def compare(study: Study, entry: Entry, base: Entry, metric: Metric) -> Comparison:
-    """Returns one comparison at the study's moment."""
+def compare(study: Study, entry: Entry, base: Entry, metric: Metric, tests: int = 1) -> Comparison:
+    """Returns one comparison at the study's moment; it is one of so many tests."""
     edits = study.moment
     nothing = Comparison(entry, base, metric, edits, None)
     if edits is None:
         return replace(nothing, reason="not available: no checkpoint after an edit")
+    for one in (entry, base):
+        value = one.value(metric, edits)
+        if value.mean is None:
+            return replace(nothing, reason=f"{one.label}: {value.reason}")
     differences = paired_differences(entry.checkpoints(edits), base.checkpoints(edits), metric)
     if not differences:
         return replace(nothing, reason="not available: no record that both are scored on")
@@ -131,8 +136,13 @@ def bootstrap(differences: Sequence[float]) -> tuple[float | None, float | None]
     return float(low), float(high)
 
 
-def permutation(differences: Sequence[float]) -> float:
-    """Returns the p value of the mean under random signs."""
+def resamples(tests: int) -> int:
+    """Returns how many random patterns it takes for the smallest p, corrected for so many tests, to be below 0.01."""
+    return max(RESAMPLES, PER_TEST * tests)
+
+
+def permutation(differences: Sequence[float], tests: int = 1) -> float:
+    """Returns the p value of the mean under random signs, not corrected, for one of so many tests."""
     import numpy
     from scipy.stats import permutation_test
 
@@ -144,7 +154,7 @@ def permutation(differences: Sequence[float]) -> float:
         lambda sample, axis: sample.sum(axis=axis),
         permutation_type="samples",
         vectorized=True,
-        n_resamples=RESAMPLES,
+        n_resamples=resamples(tests),
         batch=CHUNK,
         rng=SEED,
     )
@@ -165,9 +175,8 @@ def grid(study: Study, found: Sequence[Comparison]) -> Grid:
     heads = ("Entry", "Against", "Metric", "Records", "Difference", "95 % from", "95 % to", "Up / down")
     lines = [Line(one.entry, tuple(_fields(one))) for one in found]
     note = (
-        f"Difference of the scores of the same edit, entry minus the other, after {study.moment} edits. p: {TEST}, "
-        f"{RESAMPLES} random patterns where all would be more; corrected by Holm's method for all tests of this "
-        "table. "
+        f"Difference of the scores of the same edit, entry minus the other, after {study.moment} edits. p: {TEST}; "
+        "corrected by Holm's method for all tests of this table. "
         f"Interval: percentile bootstrap over records, {RESAMPLES} samples. Of several orders, a record's mean."
     )
     return Grid(f"{study.key}-paired", "Paired tests", (*heads, "p", "p (Holm)"), tuple(lines), note)
@@ -186,6 +195,15 @@ def scores_csv(study: Study) -> str:
                 told = (place, None if records is None else records[place], *(one.get(place) for one in scores))
                 rows.append((entry.name, run.order, checkpoint.edits, *told))
     return csv_text(heads, rows)
+
+
+def _couples(study: Study) -> list[tuple[Entry, Entry]]:
+    """Every x+sphere and its x, every entry and the controls of its method and targets; two controls one way only."""
+    couples = [(entry, base) for base, entry in study.pairs()]
+    for base in (one for one in study.entries if one.control):
+        alike = [one for one in study.entries if (one.family, one.shared) == (base.family, base.shared)]
+        couples += [(one, base) for one in alike if one is not base and (base, one) not in couples]
+    return couples
 
 
 def _fields(one: Comparison) -> list[Field]:

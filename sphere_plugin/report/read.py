@@ -89,6 +89,11 @@ class Run:
     batches: tuple[Batch, ...]
     stopped: str = ""
 
+    @property
+    def order_in_words(self) -> str:
+        """ "order 3"."""
+        return "the file's order" if self.order is None else f"order {self.order}"
+
     def at(self, edits: int) -> Checkpoint | None:
         """The checkpoint after ``edits`` edits, if there is one."""
         return next((one for one in self.checkpoints if one.edits == edits), None)
@@ -149,6 +154,15 @@ def read_run(folder: Path) -> Run:
         batches=_numbered(folder / "journal", _batch),
         stopped=_stopped(folder / "guard.json"),
     )
+
+
+def without_folders(value: Any) -> Any:
+    """Returns JSON with only the last part of every absolute path in it: where files lay is nobody else's business."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_folders(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _numbered(folder: Path, read: Callable[[Path], Read]) -> tuple[Read, ...]:

@@ -13,7 +13,7 @@ from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Any, Final
 
 from sphere_plugin.report.numbers import ACCURACIES, Metric, written, written_p
-from sphere_plugin.report.paired import CHUNK, RESAMPLES, SEED, holm, paired_scores
+from sphere_plugin.report.paired import CHUNK, SEED, holm, paired_scores, resamples
 from sphere_plugin.report.sweep import LEVEL, Cell, Sweep
 
 if TYPE_CHECKING:
@@ -51,8 +51,10 @@ class Choice:
     Attributes:
         base: the method.
         best: the cell with the highest score; None if there is no score, `reason` then says why.
-        reference: what it is compared with: the default cell, or the method alone where that is not in the grid.
+        reference: what it is compared with: the default cell, or the method alone where that is not in the grid or was
+            not scored.
         advantage: of the best over the reference; None if they are the same, or no record is scored in both.
+        default: the default cell, scored or not; None where it is not in the grid.
         cells: how many were in the running.
         reason: why there is nothing to recommend.
     """
@@ -61,6 +63,7 @@ class Choice:
     best: Cell | None
     reference: Cell | None = None
     advantage: Advantage | None = None
+    default: Cell | None = None
     cells: int = 0
     reason: str = ""
 
@@ -71,9 +74,16 @@ class Choice:
 
     @property
     def recommended(self) -> Cell | None:
-        """The best cell where it is clearly better than the default; else the default, if it is in the grid."""
-        settled = self.reference is not None and self.reference.default and not self.clear
-        return self.reference if settled else self.best
+        """The best if it is clearly better than the default, or than the method alone where the grid has no default;
+        else the default, if it has one."""
+        return self.best if self.clear and self.default in (None, self.reference) else self.default
+
+    @property
+    def verdict(self) -> str:
+        """The advantage in words."""
+        if self.advantage is None or self.advantage.p >= LEVEL:
+            return "not clear"
+        return "clearly better" if self.clear else "clearly worse"
 
 
 def score(sweep: Sweep, cell: Cell) -> float | None:
@@ -102,24 +112,26 @@ def sentence(sweep: Sweep, choice: Choice) -> str:
     names = " and ".join(", ".join(metric.name for metric in parts(sweep)).rsplit(", ", 1))
     said = f"{best.method}: {best.words} has the highest score of {choice.cells}, {_percent(score(sweep, best))}"
     said += f" (harmonic mean of {names} after {sweep.study.moment} edits, %). "
-    what = f"the default, {reference.words}," if reference.default else f"{reference.label} (no default in the grid)"
-    if best is reference:
-        said += "That is the default."
+    what = f"the default, {reference.words}," if reference is choice.default else reference.label
+    what += "" if choice.default else " (no default in the grid)"
+    if best.runs == reference.runs:
+        said += "That is the default." if best is reference else "That is the method alone."
     elif choice.advantage is None:
-        said += f"No record is scored in it and in {what}."
+        said += f"It cannot be compared with {what.rstrip(',')}: {_missing(sweep, reference)}."
     else:
         said += f"Against {what} with {_percent(score(sweep, reference))}: {_told(choice.advantage)}, "
-        said += "clearly better." if choice.clear else "not clear."
+        said += f"{choice.verdict}."
     if alone is not reference:
         said += f" {alone.label} has {_percent(score(sweep, alone))}."
-    advised = choice.recommended
-    return said + (f" Recommended: {advised.words}." if advised is not None else "")
+    return said + _advice(choice)
 
 
-def advantage(sweep: Sweep, cell: Cell, other: Cell) -> Advantage | None:
-    """A cell's score against another's, p not corrected; None where no record has all parts in both."""
+def advantage(sweep: Sweep, cell: Cell, other: Cell, tests: int = 1) -> Advantage | None:
+    """A cell's score against another's, one of so many tests, p not corrected; None where that cannot be told."""
     moment = sweep.study.moment
     if cell.entry is None or other.entry is None or moment is None:
+        return None
+    if None in (score(sweep, cell), score(sweep, other)):
         return None
     first, second = cell.entry.checkpoints(moment), other.entry.checkpoints(moment)
     scored = [paired_scores(first, second, metric) for metric in parts(sweep)]
@@ -127,7 +139,7 @@ def advantage(sweep: Sweep, cell: Cell, other: Cell) -> Advantage | None:
     if not records:
         return None
     ours, theirs = ([[fmean(pair[side] for pair in one[key]) for one in scored] for key in records] for side in (0, 1))
-    return _compared(ours, theirs)
+    return _compared(ours, theirs, resamples(tests))
 
 
 def _choice(sweep: Sweep, base: str) -> Choice:
@@ -136,19 +148,20 @@ def _choice(sweep: Sweep, base: str) -> Choice:
     if not running:
         return Choice(base, None, reason="no cell has been scored")
     best = max(running, key=lambda cell: (running[cell], cell.default, -cell.number))
-    default = next((cell for cell in running if cell.default), None)
-    reference = default or sweep.alone(best)
-    if best is reference:
-        return Choice(base, best, best, None, len(running))
-    found = {cell: advantage(sweep, cell, reference) for cell in running if cell is not reference}
+    default = next((cell for cell in scores if cell.default), None)
+    reference = default if default in running else sweep.alone(best)
+    if best is default:
+        return Choice(base, best, best, None, best, len(running))
+    tested = [cell for cell in running if cell.runs != reference.runs]  # not with α = 0 against the method alone
+    found = {cell: advantage(sweep, cell, reference, len(tested)) for cell in tested}
     known = {cell: one for cell, one in found.items() if one is not None}
     corrected = dict(zip(known, holm([one.p for one in known.values()]), strict=True))
     ahead = replace(known[best], p=corrected[best], tests=len(known)) if best in known else None
-    return Choice(base, best, reference, ahead, len(running))
+    return Choice(base, best, reference, ahead, default, len(running))
 
 
-def _compared(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Advantage:
-    """Scores of the same records [n, parts] in two cells."""
+def _compared(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], patterns: int) -> Advantage:
+    """Scores of the same records [n, parts] in two cells, exchanged in so many random patterns."""
     import numpy
 
     first, second = numpy.asarray(ours, dtype=float), numpy.asarray(theirs, dtype=float)
@@ -156,14 +169,14 @@ def _compared(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
     observed = float(_harmonics(first.mean(axis=0)) - _harmonics(second.mean(axis=0)))
     middle, half = (first + second).mean(axis=0) / 2, (first - second) / 2
     drawn, exchanged = [], []
-    for done in range(0, RESAMPLES, CHUNK):
-        part = min(CHUNK, RESAMPLES - done)
+    for done in range(0, patterns, CHUNK):
+        part = min(CHUNK, patterns - done)
         chosen = random.integers(0, count, (part, count))
         drawn.append(_harmonics(first[chosen].mean(axis=1)) - _harmonics(second[chosen].mean(axis=1)))
         shift = random.choice((-1.0, 1.0), (part, count)) @ half / count
         exchanged.append(_harmonics(middle + shift) - _harmonics(middle - shift))
     extreme = numpy.abs(numpy.concatenate(exchanged)) >= abs(observed) * (1 - 1e-9)
-    p = float((extreme.sum() + 1) / (RESAMPLES + 1))
+    p = float((extreme.sum() + 1) / (patterns + 1))
     if count < 2:
         return Advantage(observed, None, None, p, count)
     low, high = numpy.quantile(numpy.concatenate(drawn), (0.025, 0.975))
@@ -185,6 +198,21 @@ def _harmonic(means: Sequence[float]) -> float:
 
 def _percent(number: float | None) -> str:
     return "–" if number is None else written(100.0 * number, 2)
+
+
+def _missing(sweep: Sweep, cell: Cell) -> str:
+    """Why a cell has no score, or else what its comparison lacks."""
+    values = (sweep.value(cell, metric) for metric in parts(sweep))
+    return next((value.reason for value in values if value.mean is None), "no record is scored in both")
+
+
+def _advice(choice: Choice) -> str:
+    """What follows from a choice."""
+    if choice.recommended is None:
+        return " SPHERE is not recommended here: it is not clearly better than the method alone."
+    missing = choice.default is not None and choice.default is not choice.reference
+    why = " The default was not scored, and without it nothing else is recommended." if missing else ""
+    return f"{why} Recommended: {choice.recommended.words}."
 
 
 def _told(found: Advantage) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sphere_plugin.report.curves import ENERGY
 from sphere_plugin.report.grid import Field, Grid, Line
-from sphere_plugin.report.numbers import ACCURACIES, Metric, measure, shown, written, written_p
+from sphere_plugin.report.numbers import ACCURACIES, Metric, measure, shown, written
 from sphere_plugin.report.studies import Entry, Study
 from sphere_plugin.report.style import MUTED, Panel, Pen, Plate, colour, dash
 
@@ -29,13 +29,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Regression:
-    """A least-squares line with Pearson's r and its two-sided p value.
+    """A least-squares line with Pearson's r; steps of one run depend on each other, so there is no p value.
 
     Attributes:
         label: of which points.
         metric: of which accuracy.
         slope: accuracy per relative energy.
-        intercept, r, p, n: as usual; None where there is no line.
+        intercept, r, n: as usual; None where there is no line.
         reason: why there is none.
     """
 
@@ -44,7 +44,6 @@ class Regression:
     slope: float | None
     intercept: float | None
     r: float | None
-    p: float | None
     n: int
     reason: str = ""
 
@@ -85,10 +84,10 @@ def fit(label: str, metric: Metric, points: Sequence[Step]) -> Regression:
     elif len(set(xs)) == 1 or len(set(ys)) == 1:
         reason = "not available: one of the two never changes"
     if reason:
-        return Regression(label, metric, None, None, None, None, count, reason)
+        return Regression(label, metric, None, None, None, count, reason)
     line = linregress(xs, ys)
-    slope, intercept, r, p = (float(one) for one in (line.slope, line.intercept, line.rvalue, line.pvalue))
-    return Regression(label, metric, slope, intercept, r, p, count)
+    slope, intercept, r = (float(one) for one in (line.slope, line.intercept, line.rvalue))
+    return Regression(label, metric, slope, intercept, r, count)
 
 
 def regressions(study: Study) -> list[Regression]:
@@ -199,15 +198,11 @@ def grid(study: Study) -> Grid:
     lines = []
     for one in regressions(study):
         fields = [Field(one.metric.title), Field(one.label), Field(str(one.n), one.n)]
-        if one.slope is None or one.r is None or one.p is None:
-            fields += [Field(one.reason), Field("–"), Field("–")]
+        if one.slope is None or one.r is None:
+            fields += [Field(one.reason), Field("–")]
         else:
             slope = one.slope * one.metric.scale / ENERGY.scale
-            fields += [
-                Field(written(slope, 3), slope),
-                Field(written(one.r, 2), one.r),
-                Field(written_p(one.p), one.p),
-            ]
+            fields += [Field(written(slope, 3), slope), Field(written(one.r, 2), one.r)]
         lines.append(Line(entries.get(one.label), tuple(fields)))
-    heads = ("Metric", "Method", "Steps", f"Slope (points per {ENERGY.unit})", "Pearson's r", "p")
+    heads = ("Metric", "Method", "Steps", f"Slope (points per {ENERGY.unit})", "Pearson's r")
     return Grid(f"{study.key}-regression", "Regression lines", heads, tuple(lines))

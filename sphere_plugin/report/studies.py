@@ -9,11 +9,10 @@ from typing import Any, Final
 
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.report.numbers import METRICS, Metric, Value, averaged, measure
-from sphere_plugin.report.read import Checkpoint, Run
+from sphere_plugin.report.read import Checkpoint, Run, without_folders
 
 SPHERE: Final = "sphere"
-# How the names of controls begin: an update shrunk to the same norm, a random subspace of the same rank.
-CONTROLS: Final = ("control", "random", "scale", "shrink", "shrunk")
+CONTROLS: Final = ("shrunk", "random")  # an update of the same norm, a random subspace of the same rank
 SHARED: Final = " †"
 
 
@@ -58,11 +57,23 @@ class Entry:
         return next((run.stopped for run in ended if run.stopped), "")
 
     def value(self, metric: Metric, edits: int) -> Value:
-        """Returns a metric after so many edits, averaged over orders."""
+        """Returns a metric after so many edits, averaged over orders; where not all have come so far, the reason."""
         key = metric.name, edits
         if key not in self._values:
-            self._values[key] = averaged(measure(run, run.at(edits), metric) for run in self.runs)
+            why = self.missing(edits)
+            each = averaged(measure(run, run.at(edits), metric) for run in self.runs)
+            self._values[key] = Value(None, reason=why) if why else each
         return self._values[key]
+
+    def missing(self, edits: int) -> str:
+        """Says which of its runs have no checkpoint after so many edits, and why; nothing where all have one."""
+        absent = [run for run in self.runs if run.at(edits) is None]
+        told = [
+            (f"{run.order_in_words}: " if len(self.runs) > 1 else "")
+            + (run.stopped or f"no checkpoint after {edits} edits")
+            for run in absent
+        ]
+        return f"not available: {'; '.join(told)}" if told else ""
 
     def moments(self) -> list[int]:
         """The numbers of edits at which all its runs have a checkpoint, the unedited model left out."""
@@ -106,6 +117,12 @@ class Study:
     def key(self) -> str:
         """The prefix of its files."""
         return f"study{self.number + 1}"
+
+    def value(self, entry: Entry, metric: Metric) -> Value:
+        """Returns a metric of an entry at the moment; or why there is none."""
+        if self.moment is None:
+            return Value(None, reason="not available: no checkpoint after an edit")
+        return entry.value(metric, self.moment)
 
     def unedited(self, metric: Metric) -> Value:
         """Returns a metric before any edit: one run of each order, for all entries start from the same model."""
@@ -152,27 +169,34 @@ def studies_of(runs: Sequence[Run], at: int | None = None) -> tuple[Study, ...]:
     Raises:
         ConfigError: no run has a checkpoint after ``at`` edits.
     """
-    if at is not None and not any(run.at(at) for run in runs):
-        known = sorted({checkpoint.edits for run in runs for checkpoint in run.checkpoints})
-        raise ConfigError("--at", at, f"a number of edits with a checkpoint: {known}", "Choose one of them.")
+    check_moment(runs, at)
     families = _families(runs)
     sorted_out: dict[str, list[Run]] = {}
     for run in runs:
         sorted_out.setdefault(_setting(run), []).append(run)
-    return tuple(_study(number, group, families, at) for number, group in enumerate(sorted_out.values()))
+    return tuple(study_of(number, _entries(group, families), at) for number, group in enumerate(sorted_out.values()))
 
 
-def _study(number: int, runs: Sequence[Run], families: Mapping[str, int], at: int | None) -> Study:
-    manifest, entries = runs[0].manifest, _entries(runs, families)
-    moment, remark = (at, "") if at is not None else last_moment(entries)
+def check_moment(runs: Sequence[Run], at: int | None) -> None:
+    """Raise ConfigError unless any run has a checkpoint after ``at`` edits; None stands for a moment to be found."""
+    if at is not None and not any(run.at(at) for run in runs):
+        known = sorted({checkpoint.edits for run in runs for checkpoint in run.checkpoints})
+        raise ConfigError("--at", at, f"a number of edits with a checkpoint: {known}", "Choose one of them.")
+
+
+def study_of(number: int, entries: tuple[Entry, ...], at: int | None) -> Study:
+    """Returns entries as a study, what they share being told by the first run; see `studies_of` for ``at``."""
+    first = entries[0].runs[0]
+    manifest = first.manifest
+    moment, remark = (at, "") if at is not None else _last_moment(entries)
     return Study(
         number=number,
-        model=str((manifest.get("model") or {}).get("name") or "unknown model"),
+        model=str(without_folders((manifest.get("model") or {}).get("name")) or "unknown model"),
         data=str((manifest.get("data") or {}).get("file") or "unknown data"),
         edits=manifest.get("edits"),
         batch_size=manifest.get("batch_size"),
         sample=manifest.get("sample"),
-        protocol=runs[0].protocol,
+        protocol=first.protocol,
         preset=str(manifest.get("preset") or ""),
         entries=entries,
         moment=moment,
@@ -180,7 +204,7 @@ def _study(number: int, runs: Sequence[Run], families: Mapping[str, int], at: in
     )
 
 
-def last_moment(entries: Sequence[Entry]) -> tuple[int | None, str]:
+def _last_moment(entries: Sequence[Entry]) -> tuple[int | None, str]:
     """The last moment that all entries have which have any and were not ended by a guard; who went further."""
     scored = [entry for entry in entries if entry.moments()]
     scored = [entry for entry in scored if not entry.stopped] or scored
@@ -237,7 +261,7 @@ def _family(name: str) -> str:
 
 
 def _is_control(part: str) -> bool:
-    return part.startswith(CONTROLS)
+    return part in CONTROLS
 
 
 def _setting(run: Run) -> str:
@@ -248,7 +272,9 @@ def _setting(run: Run) -> str:
         [model.get(key) for key in ("name", "dtype")],
         [data.get(key) for key in ("file", "sha256", "records")],
         [manifest.get(key) for key in ("edits", "batch_size", "sample", "preset")],
+        manifest.get("seed") if manifest.get("sample") else None,  # it draws the sample
         [(manifest.get("settings") or {}).get(key) for key in ("neighbours", "text")],
+        (manifest.get("settings") or {}).get("fluency") or 0,
         sorted(run.protocol.items()),
     )
     return json.dumps(parts, sort_keys=True, default=str)

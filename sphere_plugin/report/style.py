@@ -31,6 +31,7 @@ MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "h")
 INK, MUTED, GRID = "#1d2129", "#636b78", "#dfe3e8"
 FONT: Final = 9.0
 PANEL: Final = (4.4, 3.0)  # inches
+COLUMNS: Final = 3  # of panels on a sheet
 RESOLUTION: Final = 200
 SETTINGS: Final = MappingProxyType(
     {
@@ -103,12 +104,10 @@ class Pen:
 
     Attributes:
         axis: matplotlib's.
-        alone: whether the panel stands alone, in the page.
         tips: id of an artist -> what to show over each of its points.
     """
 
     axis: Any
-    alone: bool = True
     tips: dict[str, list[str]] = field(default_factory=dict)
     _claimed: int = 0
 
@@ -206,21 +205,22 @@ def alone(panel: Panel) -> tuple[Any, Mapping[str, Sequence[str]]]:
     return figure, pen.tips
 
 
-def sheet(plate: Plate, columns: int = 3) -> Any:
+def sheet(plate: Plate) -> Any:
     """Returns all panels of a plate in one figure, with a legend."""
     from matplotlib.figure import Figure
 
     with settings():
-        return _sheet(Figure, plate, min(columns, len(plate.panels)))
+        return _sheet(Figure, plate)
 
 
-def _sheet(make: Callable[..., Any], plate: Plate, columns: int) -> Any:
+def _sheet(make: Callable[..., Any], plate: Plate) -> Any:
+    columns = min(COLUMNS, len(plate.panels))
     rows = math.ceil(len(plate.panels) / columns)
     width, height = (max(panel.size[side] for panel in plate.panels) for side in (0, 1))
     figure = make(figsize=(width * columns, height * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, axis in zip(plate.panels, axes, strict=False):
-        _draw(panel, Pen(axis, alone=False))
+        _draw(panel, Pen(axis))
     for axis in axes[len(plate.panels) :]:
         axis.set_axis_off()
     if plate.entries:

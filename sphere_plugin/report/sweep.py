@@ -12,13 +12,12 @@ from typing import Any, Final
 
 from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.files import read_json
-from sphere_plugin.folders import find_folders
+from sphere_plugin.folders import SWEEP, find_folders
 from sphere_plugin.report.numbers import METRICS, Metric, Value, measure
 from sphere_plugin.report.paired import Comparison, compare, holm
 from sphere_plugin.report.read import Run, read_run
-from sphere_plugin.report.studies import Entry, Study, last_moment, without_sphere
+from sphere_plugin.report.studies import Entry, Study, check_moment, study_of, without_sphere
 
-FILE: Final = "sweep.json"
 FORMAT: Final = 1
 LEVEL: Final = 0.05  # below which a corrected p counts as clear
 SYMBOLS: Final = MappingProxyType({"eta": "η", "alpha": "α"})
@@ -37,6 +36,7 @@ class Cell:
         default: whether these are the values where nothing is tried.
         runs: folders of its runs below the sweep's, one for each order of edits.
         entry: those of its runs that have been begun; None if there are none.
+        absent: the folders of the others.
     """
 
     number: int
@@ -47,6 +47,7 @@ class Cell:
     default: bool
     runs: tuple[str, ...]
     entry: Entry | None
+    absent: tuple[str, ...] = ()
 
     @property
     def base(self) -> str:
@@ -117,13 +118,9 @@ class Sweep:
 
     def value(self, cell: Cell, metric: Metric) -> Value:
         """A metric of a cell at the moment of the sweep, averaged over orders; or why there is none."""
-        moment = self.study.moment
-        if cell.entry is None:
-            return Value(None, reason=f"not available: no run in {cell.runs[0]}")
-        if moment is None or not cell.entry.checkpoints(moment):
-            why = cell.entry.stopped or f"no checkpoint after {moment} edits"
-            return Value(None, reason=f"not available: {why}")
-        return cell.entry.value(metric, moment)
+        if cell.entry is None or cell.absent:
+            return Value(None, reason=f"not available: no run in {', '.join(cell.absent)}")
+        return self.study.value(cell.entry, metric)
 
     def orders(self, cell: Cell) -> int:
         """How many of a cell's runs have got to the moment."""
@@ -142,11 +139,12 @@ class Sweep:
         test = self.test(cell, metric)
         if metric.per_edit or cell.against is None:
             return None if test is None else test.difference
-        gaps, moment = [], self.study.moment
-        if moment is None:
+        alone, moment = self.alone(cell), self.study.moment
+        if moment is None or None in (self.value(cell, metric).mean, self.value(alone, metric).mean):
             return None
+        gaps = []
         for run in _runs(cell):
-            for other in _runs(self.alone(cell)):
+            for other in _runs(alone):
                 ours, theirs = (measure(one, one.at(moment), metric).mean for one in (run, other))
                 if run.order == other.order and ours is not None and theirs is not None:
                     gaps.append(abs(ours) - abs(theirs))
@@ -160,7 +158,7 @@ class Sweep:
 
 def find_sweeps(paths: Sequence[Path]) -> list[Path]:
     """The folders of sweeps in ``paths``, at any depth."""
-    return list(dict.fromkeys(folder for path in paths for folder in find_folders(path, FILE)))
+    return list(dict.fromkeys(folder for path in paths for folder in find_folders(path, SWEEP)))
 
 
 def read_sweep(folder: Path, number: int = 0, at: int | None = None) -> Sweep:
@@ -180,24 +178,8 @@ def read_sweep(folder: Path, number: int = 0, at: int | None = None) -> Sweep:
     if not entries:
         remedy = f"Begin its runs: sphere sweep --resume {folder}."
         raise ConfigError(str(folder), "a sweep without a run", "runs to report", remedy)
-    if at is not None and not any(entry.checkpoints(at) for entry in entries):
-        known = sorted({one.edits for entry in entries for run in entry.runs for one in run.checkpoints})
-        raise ConfigError("--at", at, f"a number of edits with a checkpoint: {known}", "Choose one of them.")
-    manifest = entries[0].runs[0].manifest
-    moment, remark = (at, "") if at is not None else last_moment(entries)
-    study = Study(
-        number=number,
-        model=str((manifest.get("model") or {}).get("name") or "unknown model"),
-        data=str((manifest.get("data") or {}).get("file") or "unknown data"),
-        edits=manifest.get("edits"),
-        batch_size=manifest.get("batch_size"),
-        sample=manifest.get("sample"),
-        protocol=entries[0].runs[0].protocol,
-        preset="",
-        entries=entries,
-        moment=moment,
-        remark=remark,
-    )
+    check_moment([run for entry in entries for run in entry.runs], at)
+    study = study_of(number, entries, at)
     return Sweep(number, folder, study, cells, _tests(study, cells))
 
 
@@ -215,7 +197,7 @@ def value_in_words(value: object) -> str:
 
 
 def _cells(folder: Path) -> tuple[Cell, ...]:
-    path = folder / FILE
+    path = folder / SWEEP
     content = read_json(path, "Restore it, or leave that sweep out of the report.")
     found: list[Cell] = []
     try:
@@ -235,7 +217,8 @@ def _cells(folder: Path) -> tuple[Cell, ...]:
             names = [name for name in cell.runs if (folder / name / "manifest.json").exists()]
             runs = tuple(known.setdefault(name, known.get(name) or read_run(folder / name)) for name in names)
             entry = Entry(cell.name, cell.label, number, families.index(cell.base), runs) if runs else None
-            found.append(replace(cell, entry=entry))
+            absent = tuple(name for name in cell.runs if name not in names)
+            found.append(replace(cell, entry=entry, absent=absent))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         remedy = "Restore it, or leave that sweep out of the report."
         raise CacheError(str(path), str(error), "a file as `sphere sweep` wrote it", remedy) from error
@@ -255,16 +238,20 @@ def _tests(study: Study, cells: Sequence[Cell]) -> dict[tuple[int, str], Compari
     metrics = [metric for metric in METRICS if metric.per_edit and study.has(metric)]
     found: dict[tuple[int, str], Comparison] = {}
     for base in dict.fromkeys(cell.base for cell in cells):
+        alone = {cell.number: cells[cell.against] for cell in cells if cell.base == base and cell.against is not None}
+        # A cell with α = 0 has the runs of the method alone, and so nothing to test.
+        tested = [number for number, other in alone.items() if cells[number].runs != other.runs]
         for metric in metrics:
             group: dict[int, Comparison] = {}
-            for cell in cells:
-                alone = None if cell.against is None else cells[cell.against].entry
-                if cell.base == base and cell.entry is not None and alone is not None:
-                    group[cell.number] = compare(study, cell.entry, alone, metric)
-            tested = {number: one.p for number, one in group.items() if one.p is not None}
-            corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+            for number, other in alone.items():
+                cell = cells[number]
+                if cell.entry is not None and other.entry is not None and not cell.absent + other.absent:
+                    group[number] = compare(study, cell.entry, other.entry, metric, len(tested))
+            ps = {number: group[number].p for number in tested if number in group}
+            known = {number: p for number, p in ps.items() if p is not None}
+            corrected = dict(zip(known, holm(list(known.values())), strict=True))
             for number, one in group.items():
-                found[number, metric.name] = replace(one, holm=corrected.get(number))
+                found[number, metric.name] = replace(one, p=known.get(number), holm=corrected.get(number))
     return found
 
 

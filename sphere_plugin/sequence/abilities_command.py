@@ -13,6 +13,7 @@ import torch
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.evaluation.abilities import LOCAL, Suite
 from sphere_plugin.evaluation.benchmarks import Data
+from sphere_plugin.evaluation.tallies import FOLDER, path_of
 from sphere_plugin.files import check_writable, fingerprint
 from sphere_plugin.folders import find_folders
 from sphere_plugin.journaling import run_lock
@@ -23,7 +24,7 @@ from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.abilities import data_of, names_of
 from sphere_plugin.sequence.finished import moments_of
 from sphere_plugin.sequence.manifest import NAME
-from sphere_plugin.sequence.measured import FOLDER, Abilities, path_of, told
+from sphere_plugin.sequence.measured import Abilities, told
 
 _GAP: Final = "  "
 

@@ -17,7 +17,15 @@ from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.config import ALPHA_OF, EditingConfig, check_number
 from sphere_plugin.editing.statistics import key_moments
 from sphere_plugin.errors import ConfigError
-from sphere_plugin.files import check_writable, read_json, write_json
+from sphere_plugin.evaluation.diagnoses import (
+    path_of,
+    read_diagnosis,
+    read_spaces,
+    spaces_path,
+    write_diagnosis,
+    write_spaces,
+)
+from sphere_plugin.files import check_writable
 from sphere_plugin.geometry import neurons
 from sphere_plugin.geometry.interference import null_dimension
 from sphere_plugin.journaling.disk import plain
@@ -29,9 +37,6 @@ from sphere_plugin.sequence.hidden import Step, Strength, numbers
 from sphere_plugin.sequence.protected import EDITED, Keys, edited, protected
 from sphere_plugin.sequence.settings import RunSettings
 
-FOLDER: Final = "diagnostics"
-SPACES: Final = "spaces.json"
-FORMAT: Final = 1
 EVERY: Final = "every"
 ETA: Final = 0.5
 LEGEND: Final = (
@@ -115,7 +120,7 @@ class Diagnosis:
         self.edits = self.journal.edits()
         self.beyond = tuple(edits for edits in options.at or () if edits > self.edits)
         self.batches = self._wanted()
-        check_writable(folder / FOLDER / SPACES)
+        check_writable(spaces_path(folder))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -123,7 +128,7 @@ class Diagnosis:
         told = {"keys": self.options.keys, "seed": self.options.seed}
         strength = None if self._strength is None else dataclasses.asdict(self._strength)
         text = hashlib.blake2b(self._text.encode(), digest_size=16).hexdigest()
-        return {"format": FORMAT, **told, "text": text, "projected": strength}
+        return {**told, "text": text, "projected": strength}
 
     def go(self, progress: Progress = lambda what, done, total: None) -> list[dict[str, Any]]:
         """Measure what is not measured yet; returns all that was asked for, in the order of batches."""
@@ -134,15 +139,14 @@ class Diagnosis:
 
     def _measure(self, seen: Revisited, due: Sequence[int], progress: Progress) -> None:
         if self._space_due:
-            spaces = list(self._spaces(seen, progress))
-            write_json(self.folder / FOLDER / SPACES, plain({"format": FORMAT, "layers": spaces}))
+            write_spaces(self.folder, plain(list(self._spaces(seen, progress))))
         if due:
             unedited = seen.journal.weights_after(0)
             names = [name for name, weight in unedited.items() if weight.dim() == 2]
             options = self.options
             keys = protected(seen.model, seen.tokenizer, names, self._text, self._records, options.keys, options.seed)
             for number in due:
-                write_json(self._path(number), plain(self._batch(seen, number, unedited, keys)))
+                write_diagnosis(self.folder, plain(self._batch(seen, number, unedited, keys)))
                 progress(f"diagnosing {self.label}", 1, len(due))
 
     def _batch(
@@ -170,15 +174,12 @@ class Diagnosis:
 
     def _known(self, number: int) -> dict[str, Any] | None:
         """What is measured of a batch with these settings, if it is that of the journal: one may have been undone."""
-        path = self._path(number)
+        path = path_of(self.folder, int(self.journal.record(number)["edits"]))
         if not path.exists():
             return None
-        told = read_json(path)
-        same = isinstance(told, dict) and told.get("settings") == self.settings
-        return told if same and told["after"] == self.journal.fingerprint(number) else None
-
-    def _path(self, number: int) -> Path:
-        return self.folder / FOLDER / f"{int(self.journal.record(number)['edits']):06d}.json"
+        told = read_diagnosis(path)
+        same = told["settings"] == self.settings and told.get("after") == self.journal.fingerprint(number)
+        return told if same else None
 
     def _wanted(self) -> list[int]:
         if self.options.at is None:
@@ -194,11 +195,7 @@ class Diagnosis:
 
     @property
     def _space_due(self) -> bool:
-        if self._hparams.get("base_method") != "AlphaEdit":
-            return False
-        path = self.folder / FOLDER / SPACES
-        told = read_json(path) if path.exists() else None
-        return not isinstance(told, dict) or told.get("format") != FORMAT
+        return self._hparams.get("base_method") == "AlphaEdit" and read_spaces(self.folder) is None
 
     def _spaces(self, seen: Revisited, progress: Progress) -> Iterator[dict[str, Any]]:
         """AlphaEdit's null space in every layer; statistics are those of the run, from the cache or counted anew."""

@@ -10,20 +10,17 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from sphere_plugin.errors import CacheError, ConfigError, SphereError
 from sphere_plugin.evaluation.abilities import PERPLEXITY, Score, Suite
-from sphere_plugin.files import read_json, write_json
+from sphere_plugin.evaluation.tallies import FOLDER, path_of, read_tallies, read_tally, write_tally
 from sphere_plugin.journaling.disk import plain
 from sphere_plugin.models.placement import input_device
 from sphere_plugin.sequence.manifest import COMPARISON, read_manifest, surroundings
 from sphere_plugin.sequence.settings import RunSettings
 
 _LOG = logging.getLogger("sphere_plugin")
-
-FOLDER: Final = "abilities"
-FORMAT: Final = 1
 
 
 class Abilities:
@@ -39,10 +36,12 @@ class Abilities:
 
     def check(self) -> None:
         """Raise ConfigError if a task was measured in another way at any moment so far."""
-        for path in [] if self._folder is None else sorted((self._folder / FOLDER).glob("*.json")):
-            for name, then in read_abilities(path)["tasks"].items():
+        if self._folder is None:
+            return
+        for edits, content in read_tallies(self._folder).items():
+            for name, then in content["tasks"].items():
                 if name in self._suite.names:
-                    self._check_same(path, name, then["how"])
+                    self._check_same(path_of(self._folder, edits), name, then["how"])
 
     def missing(self, edits: int, weights: str) -> list[str]:
         """The tasks that are not measured yet at a moment.
@@ -82,7 +81,7 @@ class Abilities:
         path = None if self._folder is None else path_of(self._folder, edits)
         if path is None or not path.exists():
             return {}
-        content = read_abilities(path)
+        content = read_tally(path)
         if content["weights"] != weights:
             remedy = "It is of another model, or of edits that were taken back: move the file away."
             raise CacheError(str(path), f"weights of fingerprint {content['weights']}", weights, remedy)
@@ -107,7 +106,7 @@ class Abilities:
         own = read_manifest(self._folder)["model"]
         for path in sorted(self._folder.parent.glob(f"*/{FOLDER}/{path_of(Path(), 0).name}")):
             try:
-                content, model = read_abilities(path), read_manifest(path.parents[1])["model"]
+                content, model = read_tally(path), read_manifest(path.parents[1])["model"]
             except SphereError:
                 continue  # whoever measures that entry will hear of it
             found = content["tasks"].get(name)
@@ -118,8 +117,7 @@ class Abilities:
     def _write(self, edits: int, weights: str, tasks: Mapping[str, Any], model: Any) -> None:
         if self._folder is not None:
             around = surroundings() | {"device": str(input_device(model))}
-            content = {"format": FORMAT, "edits": edits, "weights": weights, "tasks": dict(tasks), **around}
-            write_json(path_of(self._folder, edits), plain(content))
+            write_tally(self._folder, edits, weights, plain(dict(tasks)), plain(around))
 
 
 class AbilitiesAlong:
@@ -150,24 +148,6 @@ class AbilitiesAlong:
         what, total = f"abilities after {edits}", len(self._suite.names)
         found = Abilities(self._folder, self._suite)
         found.measure(edits, weights, model, tokenizer, lambda name: progress(what, 1, total))
-
-
-def path_of(folder: Path, edits: int) -> Path:
-    """Where the scores of a run after so many edits lie."""
-    return folder / FOLDER / f"{edits:06d}.json"
-
-
-def read_abilities(path: Path) -> dict[str, Any]:
-    """The scores of one moment, docs/run-folder.md.
-
-    Raises:
-        CacheError: the file is missing, damaged or of another format.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tasks"), dict):
-        got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise CacheError(str(path), got, f"abilities of format {FORMAT}", "Delete it and measure again.")
-    return content
 
 
 def told(kept: Mapping[str, Any]) -> str:

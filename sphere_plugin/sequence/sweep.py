@@ -12,11 +12,12 @@ from tqdm import tqdm
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.files import read_json, write_json
+from sphere_plugin.folders import SWEEP
 from sphere_plugin.journaling.revisit import RESTORE
 from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
 from sphere_plugin.report.page import NUMBERS, check_libraries, write_report
-from sphere_plugin.report.sweep import FILE, FORMAT
+from sphere_plugin.report.sweep import FORMAT
 from sphere_plugin.sequence.cells import SweepSettings, described
 from sphere_plugin.sequence.command import refuse_unguarded, show
 from sphere_plugin.sequence.compare import Ended, Task, refuse_used, run_all
@@ -50,9 +51,9 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
         raise ConfigError("--out", "nothing", "a folder for the sweep", "Write --out runs/NAME.")
     folder = user_path(arguments.out).resolve()
     refuse_used(folder)
-    if (folder / FILE).exists():
+    if (folder / SWEEP).exists():
         raise ConfigError("--out", str(folder), "a folder without a sweep", f"Continue it with --resume {folder}.")
-    write_json(folder / FILE, described(sweep))
+    write_json(folder / SWEEP, described(sweep))
     return _go(sweep, folder, arguments)
 
 
@@ -62,16 +63,16 @@ def taken_up(folder: Path) -> SweepSettings:
     Raises:
         CacheError: there is no sweep, or its YAML, facts or text are others now.
     """
-    if not (folder / FILE).exists():
-        raise CacheError(str(folder), f"no {FILE}", "the folder of a sweep", "Give the folder that --out named.")
-    content = read_json(folder / FILE, RESTORE)
+    if not (folder / SWEEP).exists():
+        raise CacheError(str(folder), f"no {SWEEP}", "the folder of a sweep", "Give the folder that --out named.")
+    content = read_json(folder / SWEEP, RESTORE)
     try:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
         sweep, then = SweepSettings.from_mapping(content["settings"]), dict(content["made_of"])
     except (KeyError, TypeError, ValueError) as error:
         remedy = "Restore the file, or begin a new sweep."
-        raise CacheError(str(folder / FILE), str(error), "a file as `sphere sweep` wrote it", remedy) from error
+        raise CacheError(str(folder / SWEEP), str(error), "a file as `sphere sweep` wrote it", remedy) from error
     sweep.check()
     words = {"hparams": "the settings of the methods", "data": "the file of facts", "text": "the held-out text"}
     for key, digest in sweep.made_of().items():
@@ -121,8 +122,8 @@ def _reported(folder: Path, tasks: Sequence[Task]) -> list[str]:
         return []
     write_report([folder], folder / REPORT, tell=Bars())
     (found,) = read_json(folder / REPORT / NUMBERS)["sweeps"]
-    known = read_json(folder / FILE)
-    write_json(folder / FILE, {key: known[key] for key in ("format", "settings", "made_of")} | found)
+    known = read_json(folder / SWEEP)
+    write_json(folder / SWEEP, {key: known[key] for key in ("format", "settings", "made_of")} | found)
     return [one["in_words"] for one in found["recommended"]]
 
 
