@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of `sphere`; what it returns has the name of the command as ``command``."""
     whole = argparse.ArgumentParser(prog="sphere", description="Knowledge editing that does not wear the model out.")
     whole.add_argument("--version", action="version", version=f"sphere-plugin {__version__}")
-    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
     first = (_add_demo, _add_run, _add_report, _add_undo, _add_export, _add_doctor, _add_launch, _add_adapter)
     for add in (*first, _add_diagnose, _add_sweep, _add_abilities, _add_audit):
         add(commands)

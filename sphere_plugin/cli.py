@@ -20,14 +20,21 @@ SHARED: Final = frozenset(("run", "audit"))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. A SphereError becomes one sentence on stderr."""
-    arguments = parser().parse_args(argv)
+    whole = parser()
+    arguments = whole.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if arguments.command is None:
+        whole.print_help()
+        return 2
     try:
         _check_processes(arguments.command)
         return COMMANDS[arguments.command](arguments)
     except SphereError as error:
         print(f"sphere: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nsphere: interrupted; what was finished is kept, and `--resume` goes on with a run", file=sys.stderr)
+        return 130
 
 
 def _check_processes(command: str) -> None:
@@ -126,7 +133,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     findings = examine(arguments.hparams)
     for one in findings:
-        print(f"{'' if one.verdict == 'ok' else one.verdict:8}{one.topic:14}{one.text}")
+        print(f"{'' if one.verdict == 'ok' else one.verdict:8}{one.topic:13} {one.text}")
     missing = sum(one.verdict == "missing" for one in findings)
     print(f"\n{missing} thing{'s' if missing > 1 else ''} missing" if missing else "\nready")
     return 1 if missing else 0

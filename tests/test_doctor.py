@@ -139,6 +139,18 @@ def test_what_is_wrong_is_a_finding(
     assert words in found.text
 
 
+def test_a_layer_that_is_not_there_is_told_once(write: Any) -> None:
+    missing = [finding for finding in examine(write("ROME", layers=[1, 40])) if finding.verdict == "missing"]
+    assert missing == [Finding("layers", "[40] are not there: the model has 0 to 3", "missing")]
+
+
+def test_a_file_that_is_not_there_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sphere_plugin.easyedit.doctor.register", lambda: pytest.fail("EasyEdit is loaded"))
+    (found,) = examine(tmp_path / "none.yaml")
+    assert (found.topic, found.verdict) == ("YAML", "missing")
+    assert f"a relative one is looked up in {Path.cwd()}" in found.text
+
+
 @pytest.mark.parametrize(("device", "told"), [("mps", "on mps with"), ("0", "on cuda:0 with")])
 def test_devices_are_read_as_easyedit_reads_them(
     write: Any, device: str, told: str, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hosted import FACTS, Bench, along, changed, clean_host, copies, expected_to_change, hparams_of, same
-from pico import pico
+from pico import pico, save_pico
 from torch import Tensor, nn
 
 import sphere_plugin as sp
@@ -245,6 +245,21 @@ def test_rect_and_prune_on_an_adapter_are_refused_before_a_model_is_loaded(key: 
     sp.register()
     with pytest.raises(ConfigError, match=rf"{key.upper()} \+ SPHERE on LoRA: got 'an adapter B·A'"):
         host.base_editor.from_hparams(asking("LoRA", **{key: True, "sphere": True}))
+
+
+@pytest.mark.parametrize("restraint", [{}, {"sphere": True}], ids=["plain", "sphere"])
+def test_a_model_whose_name_easyedit_does_not_know_is_loaded_by_what_it_is(
+    restraint: dict[str, Any], bench: Bench, tmp_path: Path
+) -> None:
+    folder = save_pico("llama", tmp_path / "mine")
+    sp.register()
+    hparams = hparams_of("FT", "llama", bench.folder, model_name=str(folder), **restraint)
+    for _ in range(2):
+        editor = bench.host.base_editor.from_hparams(hparams)
+        before = copies(editor.model)
+        bench.edit(editor, FACTS[:1])
+        assert changed(before, copies(editor.model))
+        assert hparams.model_name == str(folder)
 
 
 def test_hyper_parameters_serve_a_second_editor_on_the_embedded_model(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pico_runs import files, mapping, place, prints, scores, settings, write_yaml
 
-from sphere_plugin.cli import main
+from sphere_plugin.cli import COMMANDS, main
 from sphere_plugin.data import read_records
 from sphere_plugin.errors import CacheError, SphereError
 from sphere_plugin.evaluation import METRICS
@@ -21,6 +21,7 @@ from sphere_plugin.journaling import Journal
 from sphere_plugin.journaling.exporting import export
 from sphere_plugin.report.read import read_run
 from sphere_plugin.sequence import crew, runner
+from sphere_plugin.sequence.entries import hparams_of
 from sphere_plugin.sequence.monitor import ORDERS
 from sphere_plugin.sequence.runner import Run, resume, start
 
@@ -112,7 +113,7 @@ def test_a_finished_run_is_left_as_it_is_and_not_begun_again(hparams: Path, tmp_
     out = tmp_path / "out"
     assert main(["run", str(yaml), "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("MEMIT + SPHERE") and "12 edits\n" in said and f"sphere report {out}" in said
+    assert said.startswith("MEMIT + SPHERE") and "12 edits: efficacy " in said and f"sphere report {out}" in said
     before = files(out)
     assert main(["run", "--resume", str(out)]) == 0
     assert files(out) == before
@@ -139,6 +140,38 @@ def test_flags_that_would_do_nothing_are_refused(hparams: Path, tmp_path: Path, 
         assert main(["run", str(yaml), "--out", str(out), *flags]) == 1
         assert told in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sphere_plugin.journaling.undoing.undo", interrupted)
+    assert main(["undo", str(tmp_path), "--to", "0"]) == 130
+    assert "sphere: interrupted; what was finished is kept" in capsys.readouterr().err
+
+
+def test_without_a_command_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    said = capsys.readouterr().out
+    assert all(f"    {command} " in said for command in COMMANDS)
+
+
+def test_the_last_line_has_the_scores(hparams: Path, tmp_path: Path, capsys) -> None:
+    yaml = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit", protocol="exact"))
+    assert main(["run", str(yaml), "--out", str(tmp_path / "out")]) == 0
+    point = read_json(tmp_path / "out" / "checkpoints" / "000012.json")["scores"]
+    known = [one for one in point["efficacy_exact"] if one is not None]
+    expected = f"12 edits: efficacy {100 * sum(known) / len(known):.1f}, generalization "
+    said = capsys.readouterr().out
+    assert expected in said and f"perplexity {math.exp(point['nll']):.4g}\n" in said
+
+
+def test_a_yaml_of_easyedits_method_serves_its_entry(hparams: Path) -> None:
+    yaml = hparams.parents[1] / "ROME" / "pico.yaml"
+    assert hparams_of("rome+sphere", yaml, None, {}).alg_name == "ROME"
+    with pytest.raises(SphereError, match="is no FT YAML, so that of the same name is looked for there"):
+        hparams_of("ft", yaml.with_name("other.yaml"), None, {})
 
 
 def test_a_tilde_of_nobody_is_a_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

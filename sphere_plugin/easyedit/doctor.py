@@ -24,7 +24,7 @@ from sphere_plugin.easyedit.hparams import dtype_of
 from sphere_plugin.easyedit.keys import Asked, asked_of, refusal
 from sphere_plugin.easyedit.loader import torch_device
 from sphere_plugin.easyedit.methods import METHODS, OWN, Method
-from sphere_plugin.easyedit.reading import load_any
+from sphere_plugin.easyedit.reading import content_of, load_any
 from sphere_plugin.easyedit.registration import register, unregister
 from sphere_plugin.easyedit.targets import find_weights
 from sphere_plugin.editing.budget import Batch
@@ -67,6 +67,10 @@ def examine(path: Path | None = None) -> list[Finding]:
     Returns:
         Findings in a sensible order. Nothing is raised for what is wrong: that is a finding as well.
     """
+    try:
+        _ = None if path is None else content_of(path)
+    except SphereError as error:  # at once: the rest takes half a minute
+        return [Finding("YAML", str(error), "missing")]
     findings = [*_machine(), *_libraries(), *_cache()]
     try:
         host = register()
@@ -137,6 +141,10 @@ def _settings(path: Path, host: Host) -> Iterator[Finding]:
         yield Finding("lora_type", "adalora needs a total_step, which EasyEdit does not pass; write lora", "missing")
     model = structure(hparams.model_name)
     yield Finding("model", f"{hparams.model_name}: {type(model).__name__}, {_count(model) / 1e6:.0f} M parameters")
+    beyond = _layers_beyond(model, hparams)
+    if beyond:
+        yield Finding("layers", f"{beyond} are not there: the model has 0 to {_last_layer(model)}", "missing")
+        return
     yield from _modules(model, hparams)
     weights = {name: weight for name, weight in _touched(model, hparams, what).items() if weight.dim() == 2}
     yield Finding("weights", f"{len(weights)} may be changed: {', '.join(_ends(list(weights)))}")
@@ -165,6 +173,18 @@ def _count(model: nn.Module) -> int:
 
 def _ends(names: list[str]) -> list[str]:
     return names if len(names) <= 2 * MEASURED else [*names[:MEASURED], "...", *names[-MEASURED:]]
+
+
+def _last_layer(model: nn.Module) -> int | None:
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return count - 1 if isinstance(count, int) else None
+
+
+def _layers_beyond(model: nn.Module, hparams: Any) -> list[int]:
+    """Numbers of layers that the settings name and the model does not have."""
+    last, layers = _last_layer(model), getattr(hparams, "layers", [])
+    numbers = [one for one in layers if isinstance(one, int)] if isinstance(layers, list) else []
+    return [] if last is None else [one for one in numbers if not 0 <= one <= last]
 
 
 def _modules(model: nn.Module, hparams: Any) -> Iterator[Finding]:

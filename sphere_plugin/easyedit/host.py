@@ -232,7 +232,8 @@ def _forget_host() -> None:
 def _contained() -> Iterator[None]:
     """Put back what importing EasyEdit changes for the whole process."""
     with ExitStack() as stack:
-        for keep in (randomness_kept, _root_logger_kept, _launches_kept):  # main seeds all with 42 as it is imported
+        # Main seeds all random generators with 42 as it is imported.
+        for keep in (randomness_kept, _root_logger_kept, _launches_kept, _optional_kernels_untold):
             stack.enter_context(keep())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("default")  # where warnings are errors, those of its code would stop the import
@@ -251,6 +252,18 @@ def _root_logger_kept() -> Iterator[None]:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+
+
+@contextmanager
+def _optional_kernels_untold() -> Iterator[None]:
+    """bitsandbytes, where it is installed, warns on a CPU of faster kernels that nothing here uses."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

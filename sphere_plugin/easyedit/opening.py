@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ from sphere_plugin.errors import ConfigError, ModelError, RequestError
 from sphere_plugin.models import load_model, resolve_model
 from sphere_plugin.models.embedded import EMBEDDED_FOLDER, EMBEDDED_NAME
 from sphere_plugin.models.placement import input_device
-from sphere_plugin.process import ONE_AT_A_TIME
+from sphere_plugin.process import ONE_AT_A_TIME, muted
+
+_LOG = logging.getLogger("sphere_plugin")
 
 # EasyEdit's other editors, each in the module of that name.
 TEXT_EDITORS: Final = (("concept_editor", "ConceptEditor"), ("safety_editor", "SafetyEditor"))
@@ -79,7 +82,7 @@ def _opening(original: Callable[..., None], main: bool, repairs: bool) -> Callab
         if alg_name in OWN or getattr(hparams, "model_name", None) == EMBEDDED_NAME:
             _open_loaded(original, self, hparams, *args, **kwargs)
         else:
-            original(self, hparams, *args, **kwargs)
+            _open_by_host(original, self, hparams, *args, **kwargs)
         if str(getattr(hparams, "device", None)) == "meta":  # what the host takes for the device of an offloaded model
             hparams.device = str(input_device(self.model))
         entry = getattr(self, "apply_algo", None)  # ConceptEditor has none where it edits by prompt
@@ -130,6 +133,16 @@ def _check_placed(model: Any, method: str, main: bool) -> None:
         raise ModelError("model", f"weights on {', '.join(devices)}", expected, f"{remedy}, or set EASYEDIT_HOME.")
 
 
+def _open_by_host(original: Callable[..., None], editor: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
+    """Leave the loading to the host; a causal model whose name has none of the words it knows is loaded here."""
+    try:
+        with muted():  # it says that it writes a log
+            original(editor, hparams, *args, **kwargs)
+    except NotImplementedError:
+        _LOG.info("EasyEdit knows no word of %s: the model is loaded by what it is", hparams.model_name)
+        _open_loaded(original, editor, hparams, *args, **kwargs)
+
+
 def _open_loaded(original: Callable[..., None], editor: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
     """Make the editor with a model that is loaded already; what words in its name decide is decided here."""
     name = hparams.model_name
@@ -137,14 +150,17 @@ def _open_loaded(original: Callable[..., None], editor: Any, hparams: Any, *args
         device_map = "auto" if getattr(hparams, "model_parallel", False) else None
         hparams.model_name = load_model(name, dtype=dtype_of(hparams), device_map=device_map)
     try:
-        original(editor, hparams, *args, **kwargs)
+        with muted():
+            original(editor, hparams, *args, **kwargs)
     finally:
         hparams.model_name = name
     # The evaluators and some methods look for words in the name as well.
     if hparams.alg_name in OWN:
         editor.model_name = type(editor.model).__name__
     else:
-        editor.model_name = hparams.model_name = Path(resolve_model(name)).name
+        editor.model_name = Path(resolve_model(name)).name
+        if name == EMBEDDED_NAME:
+            hparams.model_name = editor.model_name
     method = METHODS.get(hparams.alg_name)
     editor.tok.padding_side = "right" if method is not None and method.reads_right else "left"
     if editor.tok.pad_token is None:

@@ -22,12 +22,7 @@ def load_any(path: Path, host: Host) -> Any:
     Raises:
         ConfigError: no file, no YAML, no ``alg_name``, or a method that the host does not have.
     """
-    try:
-        content = yaml_of(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "hparams", str(path), f"a YAML file that can be read ({error})", "Check the path."
-        ) from error
+    content = content_of(path)
     name = (content.get("alg_name") or content.get("alg")) if isinstance(content, Mapping) else None
     known = sorted({*host.alg_dict, *OWN})
     for own in (SphereHyperParams, RectHyperParams, PruneHyperParams):
@@ -45,6 +40,19 @@ def load_any(path: Path, host: Host) -> Any:
         except Exception as error:  # noqa: BLE001 - whatever EasyEdit's loaders raise
             errors.append(error)
     raise ConfigError("hparams", str(path), f"keys that {name} takes ({errors[-1]})", "Compare with EasyEdit's YAMLs.")
+
+
+def content_of(path: Path) -> Any:
+    """What is in a YAML.
+
+    Raises:
+        ConfigError: no file, or no YAML.
+    """
+    try:
+        return yaml_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        remedy = f"Check the path; a relative one is looked up in {Path.cwd()}."
+        raise ConfigError("hparams", str(path), f"a YAML file that can be read ({error})", remedy) from error
 
 
 def _classes(host: Host, name: str) -> list[Any]:

@@ -44,7 +44,7 @@ def find_weights(model: nn.Module, hparams: Any, what: Method) -> dict[str, nn.P
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
     if not weights:
         got = getattr(hparams, str(what.names), None)
-        remedy = "Write module names as model.named_modules() has them; `sphere doctor YAML` checks them."
+        remedy = "Write names of modules and numbers of layers that the model has; `sphere doctor YAML` checks them."
         raise ModelError(str(what.names), got, "names of modules in the model", remedy)
     return weights
 

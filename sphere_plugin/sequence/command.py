@@ -8,7 +8,9 @@ import os
 import platform
 from collections.abc import Mapping
 from contextlib import ExitStack
+from math import exp
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
@@ -214,8 +216,25 @@ def show(bar: tqdm[Any], done: int) -> None:
 
 def _told(ended: list[Ended], folder: Path) -> tuple[int, list[str]]:
     states = [one.failed or one.stopped for one in ended]
+    several = (folder / COMPARISON).exists()
     lines = [
-        f"{label(one.entry):28} {one.edits:6d} edits{'' if state is None else '; ' + state}"
+        f"{label(one.entry):28} {one.edits:6d} edits{_scored(folder / one.entry if several else folder, one.edits)}"
+        f"{'' if state is None else '; ' + state}"
         for one, state in zip(ended, states, strict=True)
     ]
     return int(any(states)), [*lines, "", str(folder), f"sphere report {folder}"]
+
+
+def _scored(folder: Path, edits: int) -> str:
+    """What the checkpoint of a run after so many edits says, if there is one: means over the edits that are scored."""
+    path = folder / "checkpoints" / f"{edits:06d}.json"
+    if not path.exists():
+        return ""
+    scores, protocol = read_json(path)["scores"], read_manifest(folder)["protocol"]
+    told = []
+    for name in ("efficacy", "generalization", "specificity"):
+        column = scores[name if protocol[name] == "tokens" else f"{name}_exact"]
+        known = [value for value in column if value is not None]
+        told += [f"{name} {100 * fmean(known):.1f}"] if known else []
+    nll = scores["nll"]
+    return f": {', '.join(told)} %" + ("" if nll is None else f", perplexity {exp(min(nll, 700.0)):.4g}")

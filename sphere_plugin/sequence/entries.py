@@ -123,9 +123,10 @@ def _known(changes: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _hosted(method: str, variant: str | None, path: Path, changes: Mapping[str, Any]) -> Any:
-    beside = user_path(path).resolve().parent.parent / method / path.name
+    given = user_path(path).resolve()
+    beside = given if _mapping(given).get("alg_name") == method else given.parent.parent / method / path.name
     if not beside.exists():
-        remedy = f"Write one for {method}, or leave this entry out."
+        remedy = f"{path} is no {method} YAML, so that of the same name is looked for there: write it, or give one."
         raise ConfigError("hparams", str(beside), f"EasyEdit's YAML of {method} for this model", remedy)
     hparams = _read(beside, register())
     if hparams.alg_name != method:
