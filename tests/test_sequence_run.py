@@ -154,7 +154,7 @@ def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_without_a_command_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     said = capsys.readouterr().out
-    assert all(f"    {command} " in said for command in COMMANDS)
+    assert all(f"\n    {command}" in said for command in COMMANDS)
 
 
 def test_the_last_line_has_the_scores(hparams: Path, tmp_path: Path, capsys) -> None:
