@@ -94,6 +94,7 @@ def main() -> None:
     requests = requests_of(read_records(arguments.data, arguments.edits))
     editor = sp.Editor(*sp.load_model("smollm2-135m"), sp.SphereHyperParams.from_hparams(YAML).editing())
     editor.prepare()
+    out = arguments.json and arguments.json.resolve()
     os.chdir(tempfile.mkdtemp())  # main writes its null space to the working directory
     alphaedit = Main("easyeditor.models.alphaedit.AlphaEdit_main", "apply_AlphaEdit_to_model", editor)
     sphere = Main("easyeditor.models.SPHERE.SPHERE_main", "apply_SPHERE_to_model", editor)
@@ -111,8 +112,8 @@ def main() -> None:
     rows = [{"opponent": name, "seconds": took, "ratio": took / sum(ours)} for name, took in theirs.items()]
     for row in rows:
         print("{opponent:36} {seconds:8.1f} s  {ratio:6.1f}x".format(**row))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**about, "ours": ours, "results": rows}, indent=2) + "\n")
+    if out:
+        out.write_text(json.dumps({**about, "ours": ours, "results": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
