@@ -116,17 +116,16 @@ def aim_one_plainly(model, anatomy, locator, fact, prefixes, config) -> torch.Te
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"kl_factor": 5.0, "clamp_norm_factor": 0.3}, {"token_budget": 64}], ids=str)
 def test_targets_equal_those_of_the_search_one_fact_at_a_time(kind: str, settings: dict) -> None:
+    """In float64, with next to nothing left of what rounding does: Adam turns on the sign of gradients near zero."""
     model, _, config, anatomy, locator = parts(kind, **settings)
-    aimed = aim(anatomy, locator, FACTS, CONTEXTS.prefixes, config)
+    single = aim(anatomy, locator, FACTS, CONTEXTS.prefixes, config).values
     assert all(parameter.requires_grad for parameter in model.parameters())
-    plain = [aim_one_plainly(model, anatomy, locator, fact, CONTEXTS.prefixes, config) for fact in FACTS]
     model.double()
-    for found, expected, fact in zip(aimed.values, plain, FACTS, strict=True):
-        # Adam turns on the sign of gradients near zero: what rounding alone does to the plain search is allowed.
-        exact = aim_one_plainly(model, anatomy, locator, fact, CONTEXTS.prefixes, config)
-        rounding = 2 * (expected - exact).norm()
-        assert (found - expected).norm() < 1e-4 * expected.norm() + rounding
-        assert rounding < 1e-2 * (expected - expected.mean()).norm()
+    double = aim(anatomy, locator, FACTS, CONTEXTS.prefixes, config).values
+    for found, rounded, fact in zip(double, single, FACTS, strict=True):
+        plain = aim_one_plainly(model, anatomy, locator, fact, CONTEXTS.prefixes, config)
+        assert (found - plain).norm() < 1e-3 * plain.norm()
+        assert (rounded - plain).norm() < 1e-2 * plain.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
