@@ -38,7 +38,7 @@ PAGES = [ROOT / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md")] +
 # `text` is a picture, a formula, or what a command says. Blocks that are indented are commands.
 KINDS = ("python", "sh", "yaml", "json", "text")
 # Programs of others that commands call; nothing is known here of what they take.
-OTHERS = frozenset(("git", "export", "apt-get", "lm_eval", "cd"))
+OTHERS = frozenset(("git", "export", "apt-get", "lm_eval", "cd", "source"))
 # Folders whose files a command may name, which then have to be there.
 OURS = ("hparams/", "docs/", "examples/", "benchmarks/", "tests/", "tools/", "sphere_plugin/")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_a_guard_takes_all_of_them_back(hparams: Path, tmp_path: Path, launch: L
     guard = {"energy": 1e-9, "action": "rollback"}
     told = yaml(hparams, "memit", tmp_path, guard=guard)
     ended = launch.sphere(2, "run", told, "--out", tmp_path / "out", cwd=tmp_path)
-    assert codes(ended) == [1, 0] and "0 edits; the energy of" in ended[0].said
+    assert codes(ended) == [1, 0] and re.search("0 edits: .*; the energy of", ended[0].said)
     assert prints(tmp_path / "out") == []
 
 
