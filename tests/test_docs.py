@@ -38,7 +38,7 @@ PAGES = [ROOT / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md")] +
 # `text` is a picture, a formula, or what a command says. Blocks that are indented are commands.
 KINDS = ("python", "sh", "yaml", "json", "text")
 # Programs of others that commands call; nothing is known here of what they take.
-OTHERS = frozenset(("git", "export", "apt-get", "lm_eval", "cd", "source"))
+OTHERS = frozenset(("git", "export", "apt-get", "lm_eval", "cd", "source", "python"))
 # Folders whose files a command may name, which then have to be there.
 OURS = ("hparams/", "docs/", "examples/", "benchmarks/", "tests/", "tools/", "sphere_plugin/")
 
@@ -131,7 +131,7 @@ def check_command(words: list[str]) -> None:
         check_sphere(rest[start + 1 :])
     elif program == "python" and rest[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest[2:] if not word.startswith("-"))
-    elif program == "python":
+    elif program == "python" and rest:
         check_script(rest[0], rest[1:])
     elif program.endswith(".py"):
         check_script(words[0], rest)
