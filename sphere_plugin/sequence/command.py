@@ -237,4 +237,8 @@ def _scored(folder: Path, edits: int) -> str:
         known = [value for value in column if value is not None]
         told += [f"{name} {100 * fmean(known):.1f}"] if known else []
     nll = scores["nll"]
-    return f": {', '.join(told)} %" + ("" if nll is None else f", perplexity {exp(min(nll, 700.0)):.4g}")
+    parts = [
+        *([f"{', '.join(told)} %"] if told else []),
+        *([] if nll is None else [f"perplexity {exp(min(nll, 700.0)):.4g}"]),
+    ]
+    return f": {', '.join(parts)}" if parts else ""
