@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. A SphereError becomes one sentence on stderr."""
     whole = parser()
     arguments = whole.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    _log_to_stderr()
     if arguments.command is None:
         whole.print_help()
         return 2
@@ -35,6 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nsphere: interrupted; what was finished is kept, and `--resume` goes on with a run", file=sys.stderr)
         return 130
+
+
+def _log_to_stderr() -> None:
+    """Show warnings, each once: libraries with a handler of their own, as EasyEdit's, have shown theirs already."""
+    handler = logging.StreamHandler()
+    handler.addFilter(_not_shown)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[handler])
+
+
+def _not_shown(record: logging.LogRecord) -> bool:
+    """Whether no logger between the record's own and the root writes it to the terminal."""
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.parent is not None:
+        for one in logger.handlers:
+            if isinstance(one, logging.StreamHandler) and not isinstance(one, logging.FileHandler):
+                return False
+        logger = logger.parent
+    return True
 
 
 def _check_processes(command: str) -> None:

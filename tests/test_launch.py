@@ -143,6 +143,28 @@ def test_our_own_error_in_the_script_is_one_sentence(script: Callable, capsys: p
     assert said.err.startswith("sphere: eta: got 2") and said.err.count("\n") == 1
 
 
+HANDLERS = """
+import logging
+loud, filed = logging.getLogger("loud"), logging.getLogger("filed")
+loud.addHandler(logging.StreamHandler())
+loud.addHandler(logging.FileHandler("loud.log"))
+filed.addHandler(logging.FileHandler("filed.log"))
+for name in ("loud", "loud.child", "filed", "silent"):
+    logging.getLogger(name).warning("from %s", name)
+"""
+
+
+def test_a_warning_is_shown_once(script: Callable, tmp_path: Path) -> None:
+    """EasyEdit's loggers, and those of Hugging Face, have a handler of their own and hand on what it has shown."""
+    path = script(HANDLERS)
+    done = subprocess.run(
+        [sys.executable, "-m", "sphere_plugin", "launch", str(path)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    told = re.findall(r"^.*\bfrom (?:loud|filed|silent).*$", done.stderr, re.MULTILINE)
+    assert told == ["from loud", "from loud.child", "WARNING: from filed", "WARNING: from silent"]
+
+
 # ---- which script, and what is refused ----
 
 

@@ -6,6 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sphere_plugin.cli import main
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.restraints import PruneConfig, RectConfig
 from sphere_plugin.sequence import command, plan, presets, runner, targets
+from sphere_plugin.sequence.compare import Ended
 from sphere_plugin.sequence.entries import ALL, hparams_of, label, parse, settings_of, split
 from sphere_plugin.sequence.settings import RunSettings
 
@@ -118,6 +120,18 @@ def test_what_the_entry_or_the_run_decides_is_not_set(key: str) -> None:
 
 
 # ---- settings ----
+
+
+def test_a_run_without_anything_is_told_all_it_needs(capsys: pytest.CaptureFixture) -> None:
+    assert main(["run"]) == 1
+    said = capsys.readouterr().err
+    assert "no entries and no edits" in said and "--compare" in said and "--edits" in said and "--out" in said
+
+
+def test_the_report_is_named_where_there_is_something_to_report(tmp_path: Path) -> None:
+    assert command._told([Ended("memit", 0, failed="no model")], tmp_path)[1][-1] == str(tmp_path)
+    ended = [Ended("memit", 0, failed="no model"), Ended("rect", 4)]
+    assert command._told(ended, tmp_path) == (1, [ANY, ANY, "", str(tmp_path), f"sphere report {tmp_path}"])
 
 
 def test_settings_come_back_from_a_manifest(hparams: Path) -> None:

@@ -37,7 +37,10 @@ def structure(name: str) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = (str(error) or type(error).__name__).strip().splitlines()[0]
-        remedy = "Give a local folder, or download the model first: its config could not be read."
+        remedy = (
+            "Give a local folder, or download the model first: its config could not be read. "
+            "Without a network, HF_HUB_OFFLINE=1 says so at once."
+        )
         raise ModelError("model_name", name, f"a causal language model ({why})", remedy) from error
     return model
 

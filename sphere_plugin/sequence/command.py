@@ -222,7 +222,8 @@ def _told(ended: list[Ended], folder: Path) -> tuple[int, list[str]]:
         f"{'' if state is None else '; ' + state}"
         for one, state in zip(ended, states, strict=True)
     ]
-    return int(any(states)), [*lines, "", str(folder), f"sphere report {folder}"]
+    page = [f"sphere report {folder}"] if any(one.edits for one in ended) else []
+    return int(any(states)), [*lines, "", str(folder), *page]
 
 
 def _scored(folder: Path, edits: int) -> str:

@@ -146,9 +146,10 @@ class RunSettings:
         for key in values:
             if key not in names:
                 raise ConfigError("run", key, "a known setting", f"Settings are {', '.join(names)}.")
-        for key in ("entries", "hparams", "edits"):
-            if values.get(key) is None:
-                raise ConfigError("run", f"no {key}", f"a value for {key}", "docs/run.md has an example.")
+        missing = [key for key in ("entries", "hparams", "edits") if values.get(key) is None]
+        if missing:
+            remedy = "Write --compare memit,memit+sphere --edits 100 --out runs/NAME, or a YAML as in docs/run.md."
+            raise ConfigError("run", f"no {' and no '.join(missing)}", "methods and a number of edits", remedy)
         values["entries"] = _entries(values["entries"])
         values["checkpoints"] = _numbers(values.get("checkpoints") or ())
         for key in ("hparams", "data", "text"):
