@@ -78,6 +78,26 @@ def test_energy_is_moved_and_the_model_asked(tmp_path) -> None:
     assert all(row[one] is not None for row in result["rows"] for one in ("efficacy", "locality", "nll"))
 
 
+def test_alpha_is_chosen_from_the_update(tmp_path) -> None:
+    """Everything lies in U: what is left there is what chance puts there. The run beside it loses all along U."""
+    hparams = place(tmp_path)
+    start(settings(hparams, "memit+sphere", settings={"all": {"eta": 0.99, "alpha": 1.0}}), tmp_path / "run")
+    told = tmp_path / "told.json"
+    run("examples/alpha_from_update.py", str(tmp_path / "run"), "--to", "8", "--json", str(told))
+    result = json.loads(told.read_text())
+    assert result["entry"] == "memit+sphere"
+    assert [row["edits"] for row in result["batches"]] == [2, 4, 6, 8]
+    fixed = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "journal").glob("0*.json"))]
+    first = [layer["removed_share"] for layer in fixed[0]["layers"]]
+    assert all(0 <= one < other for one, other in zip(result["batches"][0]["removed"], first, strict=True))
+    for row in result["batches"][1::2]:
+        scores = json.loads((tmp_path / "run" / "checkpoints" / f"{row['edits']:06d}.json").read_text())["scores"]
+        ours, theirs, difference = row["efficacy"]
+        assert theirs == pytest.approx(sum(scores["efficacy"]) / len(scores["efficacy"]))
+        assert ours - theirs == pytest.approx(difference)
+        assert row["interval"][0] <= difference <= row["interval"][1]
+
+
 @pytest.mark.keeps_cache
 def test_a_yaml_alone() -> None:
     said = run("-m", "sphere_plugin", "launch", "examples/yaml_only.py")
