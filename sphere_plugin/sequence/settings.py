@@ -149,7 +149,7 @@ class RunSettings:
         missing = [key for key in ("entries", "hparams", "edits") if values.get(key) is None]
         if missing:
             remedy = "Write --compare memit,memit+sphere --edits 100 --out runs/NAME, or a YAML as in docs/run.md."
-            raise ConfigError("run", f"no {' and no '.join(missing)}", "methods and a number of edits", remedy)
+            raise ConfigError("run", f"no {' and no '.join(missing)}", f"a value for {' and '.join(missing)}", remedy)
         values["entries"] = _entries(values["entries"])
         values["checkpoints"] = _numbers(values.get("checkpoints") or ())
         for key in ("hparams", "data", "text"):
