@@ -25,7 +25,7 @@ from sphere_plugin.editing.keys import KeyReader
 from sphere_plugin.editing.replay import Recording
 from sphere_plugin.editing.requests import read_requests
 from sphere_plugin.editing.solve import AlphaEdit, Memit
-from sphere_plugin.editing.statistics import key_moments
+from sphere_plugin.editing.statistics import READING, WRITING, key_moments
 from sphere_plugin.geometry import Factors
 from sphere_plugin.journaling import Snapshot
 from sphere_plugin.restraints import Restrained, SphereConfig
@@ -977,6 +977,6 @@ def test_progress_is_told_of_facts_and_texts(tmp_path: Path) -> None:
     editor = Editor(model, tokenizer, pico_config("llama", **settings), lambda *what: told.append(what))
     report = editor.apply(REQUESTS)
     assert isinstance(report, EditReport)
-    for what, total in (("writing text", 8), ("reading keys", 8), ("aiming", 3)):
+    for what, total in ((WRITING, 8), (READING, 8), ("aiming", 3)):
         assert sum(done for name, done, _ in told if name == what) == total
         assert {whole for name, _, whole in told if name == what} == {total}

@@ -37,6 +37,9 @@ _FORMAT = "1"  # raise it when files of an older code must not be used any more
 _LONGEST = 512  # tokens of a text that are read
 BATCH_TOKENS = 4096  # in one pass over text
 ADDED = 256  # rows of a product that are added up at a time
+# What is told while it takes its minutes.
+WRITING = "key statistics, once: writing text"
+READING = "key statistics, once: reading keys"
 
 
 def key_moments(
@@ -205,7 +208,7 @@ def _counted(
     try:
         ids, done = ranks.by(0, "texts for key statistics", begin)
         if progress is not None and done:
-            progress("reading keys", done, len(ids))
+            progress(READING, done, len(ids))
         for rows in _in_turns(ids[done:], counter, ranks):
             done += rows
             if ranks.by(0, "whether to keep sums", lambda: unfinished.due):
@@ -213,7 +216,7 @@ def _counted(
                 if ranks.is_main:
                     unfinished.keep_sums(sums, tokens, done)
             if progress is not None:
-                progress("reading keys", rows, len(ids))
+                progress(READING, rows, len(ids))
         counter.sums, counter.tokens = counter.over_all(ranks)
         ranks.by(0, "moments", finish)
     except ModelError:  # it would fail again
@@ -239,7 +242,7 @@ def _ids(
 
     _LOG.info("counting key statistics over %d texts (%s)", config.mom2_n_samples, config.mom2_dataset)
     texts = unfinished.texts() or read_corpus(
-        config.mom2_dataset, config.mom2_n_samples, anatomy.model, tokenizer, config.seed, told("writing text")
+        config.mom2_dataset, config.mom2_n_samples, anatomy.model, tokenizer, config.seed, told(WRITING)
     )
     unfinished.keep_texts(texts)
     longest = min(_LONGEST, longest_text(anatomy.model, _LONGEST))
