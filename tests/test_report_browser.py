@@ -55,6 +55,7 @@ def driver(tmp_path_factory):
 @pytest.fixture
 def show(driver, out):
     """show(scheme, width) opens the page, or another one, as such a screen has it."""
+    waiting = pytest.importorskip("selenium.webdriver.support.wait")
 
     def opened(scheme="light", width=1440, page=out / "report.html"):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -64,6 +65,8 @@ def show(driver, out):
         for kind in ("browser", "performance"):
             driver.get_log(kind)
         driver.get(page.as_uri())
+        there = "return document.readyState === 'complete' && location.href === arguments[0]"
+        waiting.WebDriverWait(driver, 60).until(lambda _: driver.execute_script(there, page.as_uri()))
         return driver
 
     return opened
