@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 import numpy
 import pytest
 import torch
+from matplotlib.text import Text
 from report_runs import LAYERS, checkpoint, manifest, write_run, write_study
 from scipy import stats
 
@@ -243,3 +244,11 @@ def test_titles_are_text_and_nothing_else():
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert picture(sheet(Plate("n", "t", "", (panel,))), "png")[:4] == b"\x89PNG"
+
+
+def test_a_long_title_stays_in_its_panel():
+    title = "Natural Questions with a passage, as the authors of the method ask them (exact match, %)"
+    figure = sheet(Plate("n", "t", "", 3 * (Panel(title, lambda pen: None),)))
+    figure.draw_without_rendering()  # the layout is found as it is drawn
+    first, second, third = (text.get_window_extent() for text in figure.findobj(Text) if "Natural" in text.get_text())
+    assert first.x1 < second.x0 and second.x1 < third.x0 and third.x1 < figure.bbox.x1

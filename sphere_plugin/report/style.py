@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ COLOURS: Final = (
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "h")
 INK, MUTED, GRID = "#1d2129", "#636b78", "#dfe3e8"
 FONT: Final = 9.0
+LETTERS: Final = 10  # of a title, to an inch of its panel
 PANEL: Final = (4.4, 3.0)  # inches
 COLUMNS: Final = 3  # of panels on a sheet
 RESOLUTION: Final = 200
@@ -239,7 +241,7 @@ def picture(figure: Any, kind: str) -> bytes:
 
 
 def _draw(panel: Panel, pen: Pen) -> None:
-    pen.axis.set_title(panel.title)
+    pen.axis.set_title(textwrap.fill(panel.title, int(LETTERS * panel.size[0])))
     panel.draw(pen)
 
 
