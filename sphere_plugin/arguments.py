@@ -152,7 +152,7 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--scale", type=float, help="this share of a preset's edits, checkpoints and batch size")
     run.add_argument("--entry", help="what edits: memit, memit+sphere, alphaedit, ft, ... (docs/run.md)")
     run.add_argument("--compare", metavar="ENTRIES", help="several entries with commas between them; all: twelve")
-    run.add_argument("--hparams", type=Path, help="settings of the method (YAML for SPHERE)")
+    run.add_argument("--hparams", type=Path, help="of the method (default: hparams/SPHERE/smollm2-135m.yaml)")
     run.add_argument("--model", help="Hugging Face name or folder, or the name of a YAML in hparams/SPHERE")
     run.add_argument("--data", type=Path, help="file of facts (default: the project's own)")
     run.add_argument("--text", type=Path, help="held-out text for perplexity (default: the project's own)")

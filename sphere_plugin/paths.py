@@ -16,6 +16,14 @@ def user_path(given: str | Path) -> Path:
     return path
 
 
+def yaml_path(given: str | Path) -> Path:
+    """The path of a YAML, whose suffix may be left out, as EasyEdit's hparams classes have it."""
+    path = user_path(given)
+    if not path.name or path.suffix in (".yaml", ".yml"):
+        return path
+    return path.with_name(path.name + ".yaml")
+
+
 def absolute_path(key: str, given: object) -> Path:
     """The absolute path in the setting ``key``.
 

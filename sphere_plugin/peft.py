@@ -32,6 +32,7 @@ from sphere_plugin.files import atomic_folder, read_json, read_tensors, write_js
 from sphere_plugin.folders import check_sums, refuse_existing
 from sphere_plugin.geometry import Factors, PrincipalSpace, is_transposed, neurons
 from sphere_plugin.models import load_model
+from sphere_plugin.paths import user_path
 from sphere_plugin.projection import LayerProjection, ProjectionReport, reported
 from sphere_plugin.restraints import SphereConfig
 
@@ -90,7 +91,11 @@ def project_adapter(
 
 
 def project_saved_adapter(
-    source: Path, target: Path, base: str, config: SphereConfig | None = None, dtype: torch.dtype = torch.float32
+    source: Path | str,
+    target: Path | str,
+    base: str,
+    config: SphereConfig | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> ProjectionReport:
     """Project a LoRA adapter in a folder into a new folder, whole or not at all.
 
@@ -109,6 +114,7 @@ def project_saved_adapter(
         CacheError: a file cannot be read, or ``target`` cannot be written.
     """
     peft, config = _peft(), config or SphereConfig()
+    source, target = user_path(source), user_path(target)
     refuse_existing(target)
     settings, tensors = _saved(source)
     model, _ = load_model(base, dtype)

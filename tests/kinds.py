@@ -582,6 +582,7 @@ WRITERS = MappingProxyType(
         "sequence/demo.py": (
             "(demo.json: for people; the command looks for its place before it begins)",
             "log of a run",
+            "(who is told to write it)",
         ),
         "sequence/entries.py": ("(a YAML for the moment in which EasyEdit reads it)",),
         "sequence/guard.py": ("guard",),

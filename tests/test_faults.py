@@ -265,9 +265,7 @@ WRITES = {
     "write_sums",
     "atomic_folder",
     "save_pretrained",
-} | {
-    *("save_file", "savefig", "FileHandler", "_Log", "basicConfig", "copyfile", "copytree", "copy2", "dump", "tofile")
-}
+} | {*("save_file", "savefig", "FileHandler", "Log", "basicConfig", "copyfile", "copytree", "copy2", "dump", "tofile")}
 
 
 def writers(path: Path) -> list[str]:

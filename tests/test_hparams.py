@@ -168,6 +168,11 @@ def test_values_of_the_papers(name):
 # ---- the YAMLs of EasyEdit ----
 
 
+def test_no_path_at_all_is_refused():
+    with pytest.raises(ConfigError, match="hparams: got '.', expected a file that can be read"):
+        SphereHyperParams.from_hparams("")
+
+
 @needs_main
 @pytest.mark.parametrize("name", EASYEDIT)
 class TestEasyEdit:

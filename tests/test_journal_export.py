@@ -101,7 +101,7 @@ def test_the_readme_says_what_was_measured_at_that_very_moment(tmp_path: Path) -
     scores = {"efficacy": [1.0, 0.5, 0.0], "generalization": [None] * 3, "specificity": [0.25, None, 0.0]}
     point = {"edits": 4, "scored": [0, 1, 3], "scores": scores | {"locality": [1.0, 1.0, 0.5], "nll": 3.21987}}
     write_json(tmp_path / "checkpoints" / "000004.json", point)
-    sp.export(tmp_path, tmp_path / "four", at=4)
+    sp.export(str(tmp_path), str(tmp_path / "four"), at=4)
     told = (tmp_path / "four" / "README.md").read_text()
     assert "3 of 4 edits asked again" in told
     assert "| efficacy | 50.0 (of 3) |" in told and "| specificity | 12.5 (of 2) |" in told

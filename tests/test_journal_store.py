@@ -329,7 +329,7 @@ def test_a_damaged_batch_is_named_and_never_used(
         assert caught.value.culprit == str(path)
     for number in (3, 4) if not thin or kind == "json" else ():
         assert alike(Journal.open(tmp_path / "journal").weights_after(number), walk.states[number])
-    assert sp.undo(tmp_path, 10).batches == 3
+    assert sp.undo(str(tmp_path), 10).batches == 3
     assert alike(Journal.open(tmp_path / "journal").weights_after(1), walk.states[1])
 
 

@@ -91,6 +91,17 @@ def test_the_smallest_p_stays_clear_among_many_tests():
         assert tests * paired.permutation([1.0] * 40, tests) < 0.01
 
 
+def test_a_table_of_many_tests_asks_for_as_many_signs(tmp_path, monkeypatch):
+    """Forty edits, each a little better: p is as small as the number of tests it is corrected for needs."""
+    monkeypatch.setattr(paired, "RESAMPLES", 99)
+    study = study_of(write_study(tmp_path, ("memit", "memit+sphere")))
+    monkeypatch.setattr(paired, "paired_differences", lambda *_: [1.0 + i / 40 for i in range(40)])
+    found = [one for one in paired.comparisons(study) if one.p is not None]
+    assert len(found) > 1
+    assert {one.p for one in found} == {paired.permutation([1.0 + i / 40 for i in range(40)], len(found))}
+    assert all(one.p < 2 / 100 for one in found)
+
+
 def test_few_differences_are_tested_by_all_signs():
     differences = [0.4, -0.1, 0.3, 0.0, 0.25, 0.2, -0.05]
     total = sum(differences)

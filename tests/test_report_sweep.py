@@ -58,7 +58,7 @@ def test_a_cell_is_its_runs_checkpoint(folder, told):
             if cell["against"] is not None:
                 gaps = [one - other for one, other in zip(scores, before, strict=True)]
                 assert found["difference"]["mean"] == fmean(gaps)
-                assert found["difference"]["p"] == paired.permutation(gaps)
+                assert found["difference"]["p"] == paired.permutation(gaps, 12)
                 assert (found["difference"]["low"], found["difference"]["high"]) == paired.bootstrap(gaps)
         energy = cell["metrics"]["energy"]
         assert energy["mean"] == pytest.approx(point["energy"]["w"]["2"] / 100.0 - 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import pickle
 import time
@@ -18,11 +19,13 @@ from report_runs import manifest
 
 import sphere_plugin as sp
 from sphere_plugin.cli import main
-from sphere_plugin.errors import ModelError, SphereError
+from sphere_plugin.errors import CacheError, ModelError, SphereError
 from sphere_plugin.files import atomic_folder, read_json, write_bytes, write_json, write_tensors
 from sphere_plugin.journaling.card import card
+from sphere_plugin.journaling.lock import run_lock
 from sphere_plugin.models.stored import structure
 from sphere_plugin.sequence.runner import start
+from sphere_plugin.sequence.workers import logged
 
 ROOT = Path(sp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -229,6 +232,23 @@ def test_clearing_up_follows_no_link(tmp_path: Path) -> None:
     os.utime(treasure, (old, old))
     write_bytes(out / "y.json", b"x")
     assert everything(treasure) == {"gold": b"gold"}
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "treasure").write_bytes(b"gold")
+    (tmp_path / "lock").symlink_to(tmp_path / "treasure")
+    with pytest.raises(CacheError, match="lock: got 'a link'.*Delete the link"), run_lock(tmp_path):
+        pass
+    assert (tmp_path / "treasure").read_bytes() == b"gold"
+
+
+def test_a_log_that_is_a_link_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "treasure").write_bytes(b"gold")
+    (tmp_path / "run.log").symlink_to(tmp_path / "treasure")
+    with logged(tmp_path):
+        logging.getLogger("sphere_plugin").warning("told")
+    assert (tmp_path / "treasure").read_bytes() == b"gold"
+    assert "told" in (tmp_path / "run.log").read_text() and not (tmp_path / "run.log").is_symlink()
 
 
 # ---- what is told of others' texts ----

@@ -89,6 +89,7 @@ def test_what_an_entry_means_for_easyedit(tmp_path: Path) -> None:
     assert (ft.alg_name, ft.lr, ft.num_steps, ft.sphere) == ("FT", 1e-3, 7, False)
     assert hparams_of("ft+sphere", SMOL, None, {}).sphere is True
     assert hparams_of("rome", SMOL, "a/model", {}).model_name == "a/model"
+    assert vars(hparams_of("ft", SMOL.with_suffix(""), None, {})) == vars(hparams_of("ft", SMOL, None, {}))
     with pytest.raises(ConfigError, match="settings: got 'v_lr', expected a key of .*FT/smollm2-135m.yaml"):
         hparams_of("ft", SMOL, None, {"v_lr": 1})
     here = place(tmp_path)
@@ -141,6 +142,11 @@ def test_settings_come_back_from_a_manifest(hparams: Path) -> None:
     assert told.checkpoints == (4, 8, 12) and told.data == Path("facts.json").resolve()
     assert told.for_entry("memit+sphere").settings == {"memit": {"v_lr": 1.0}}
     assert told.for_entry("rect").settings == {} and told.for_entry("rect").entries == ("rect",)
+
+
+def test_entries_are_named_in_one_way() -> None:
+    with pytest.raises(ConfigError, match="--entry: got 'rect', expected one of --entry and --compare"):
+        given("--entry", "rect", "--compare", "memit,memit+sphere", "--edits", 4)
 
 
 def test_flags_win_over_the_yaml(hparams: Path, tmp_path: Path) -> None:

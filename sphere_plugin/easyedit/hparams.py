@@ -36,7 +36,7 @@ from sphere_plugin.editing.config import (
 )
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.parsing import yaml_of
-from sphere_plugin.paths import user_path
+from sphere_plugin.paths import yaml_path
 from sphere_plugin.restraints import PruneConfig, RectConfig
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -126,9 +126,7 @@ class SphereHyperParams(EditingConfig):
         Raises:
             ConfigError: the file is missing or no YAML mapping, or see the class.
         """
-        path = user_path(hparams_name_or_path)
-        if path.suffix not in (".yaml", ".yml"):
-            path = path.with_name(path.name + ".yaml")
+        path = yaml_path(hparams_name_or_path)
         try:
             content = yaml_of(path.read_text(encoding="utf-8"))
         except OSError as error:

@@ -19,6 +19,7 @@ from sphere_plugin.journaling.delta import write_delta
 from sphere_plugin.journaling.lowrank import cut
 from sphere_plugin.journaling.revisit import opened, put, unedited
 from sphere_plugin.journaling.store import Journal
+from sphere_plugin.paths import user_path
 from sphere_plugin.peft import save_lora
 
 Format = Literal["hf", "delta", "adapter"]
@@ -48,8 +49,8 @@ class Exported:
 
 
 def export(
-    folder: Path,
-    out: Path,
+    folder: Path | str,
+    out: Path | str,
     format: Format = "hf",
     at: int | None = None,
     rank: int | None = None,
@@ -78,6 +79,7 @@ def export(
         ModelError: the model is not the one that was edited.
         HostError: an adapter without PEFT.
     """
+    folder, out = user_path(folder), user_path(out)
     journal, manifest = opened(folder)
     if model is not None:
         manifest = {**manifest, "model": {**manifest["model"], "name": model}}

@@ -11,6 +11,7 @@ from typing import Final
 
 from sphere_plugin.errors import CacheError
 
+_FOLLOW_NO_LINK: Final = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 _FAR: Final = 2**30  # Windows keeps others from reading a locked byte: lock one behind the process's number
 
 
@@ -27,9 +28,11 @@ def run_lock(folder: Path) -> Iterator[None]:
     path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | _FOLLOW_NO_LINK, 0o666)
     except OSError as error:
         remedy = "Make the place writable, or choose another folder."
+        if path.is_symlink():
+            raise CacheError(str(path), "a link", "a file that can be locked", "Delete the link.") from error
         raise CacheError(str(path), error.strerror or str(error), "a file that can be locked", remedy) from error
     try:
         _take(handle, path)

@@ -10,6 +10,7 @@ from sphere_plugin.errors import CacheError
 from sphere_plugin.journaling.disk import MEASURED
 from sphere_plugin.journaling.lock import run_lock
 from sphere_plugin.journaling.store import Journal
+from sphere_plugin.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Undone:
     kept: Path | None
 
 
-def undo(folder: Path, to: int) -> Undone:
+def undo(folder: Path | str, to: int) -> Undone:
     """Take all edits of the run in ``folder`` back but the first ``to``; 0 takes all of them back.
 
     The run can go on from there, and its weights after ``to`` edits are, bit for bit, what they were then. Batches and
@@ -37,6 +38,7 @@ def undo(folder: Path, to: int) -> Undone:
         ConfigError: ``to`` is not a number of edits between two batches; the message has the nearest.
         CacheError: there is no journal, a file of it is damaged, or another process writes to the folder.
     """
+    folder = user_path(folder)
     if not (folder / "journal").is_dir():  # the lock would make a folder
         raise CacheError(str(folder), "no journal", "the folder of a run", "Give the folder that `--out` named.")
     with ExitStack() as stack:

@@ -91,7 +91,7 @@ def compare(study: Study, entry: Entry, base: Entry, metric: Metric, tests: int 
         difference=fmean(differences),
         low=low,
         high=high,
-        p=permutation(differences),
+        p=permutation(differences, tests),
         n=len(differences),
         better=sum(one > 0 for one in differences),
         worse=sum(one < 0 for one in differences),

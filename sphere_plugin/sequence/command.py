@@ -37,6 +37,8 @@ from sphere_plugin.sequence.workers import logged
 
 _LOG = logging.getLogger("sphere_plugin")
 
+HPARAMS: Final = Path("hparams/SPHERE/smollm2-135m.yaml")  # without others, in the folder where one is
+
 # Flags that say what to do; all others are for a new run.
 _ANY: Final = ("command", "resume", "without_guard", "jobs")
 # Flags that are settings of the same name.
@@ -137,13 +139,15 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
     if arguments.settings is not None:
         content |= RunSettings.from_yaml(arguments.settings)
     content |= {name: getattr(arguments, name) for name in _SAME if getattr(arguments, name) is not None}
+    if arguments.compare is not None and arguments.entry is not None:
+        raise ConfigError("--entry", arguments.entry, "one of --entry and --compare", "Name all entries in --compare.")
     if arguments.compare is not None or arguments.entry is not None:
         content["entries"] = parse(arguments.compare or arguments.entry)
     if arguments.hparams is not None:
         content["hparams"] = arguments.hparams
     if arguments.model is not None:
-        content |= _model(arguments.model, Path(content.get("hparams") or "hparams/SPHERE/smollm2-135m.yaml"))
-    content.setdefault("hparams", Path("hparams/SPHERE/smollm2-135m.yaml"))
+        content |= _model(arguments.model, Path(content.get("hparams") or HPARAMS))
+    content.setdefault("hparams", HPARAMS)
     content["settings"] = _with(content.get("settings") or {}, arguments.set)
     return RunSettings.from_mapping(content)
 

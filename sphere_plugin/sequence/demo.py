@@ -30,7 +30,7 @@ from sphere_plugin.evaluation import Quality
 from sphere_plugin.files import check_writable, make_folder, write_json
 from sphere_plugin.sequence.entries import absolute
 from sphere_plugin.sequence.run import Checkpoint, SequentialRun, check_schedule
-from sphere_plugin.sequence.workers import workers_environment
+from sphere_plugin.sequence.workers import Log, workers_environment
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -169,7 +169,7 @@ def _work(name: str, hparams: SphereHyperParams, demo: Demo, messages: Any) -> N
     folder = demo.out / _log_name(name).removesuffix(".log")
     make_folder(folder)
     os.chdir(folder)  # EasyEdit writes its own log to the working directory
-    logging.basicConfig(filename=demo.out / _log_name(name), filemode="w", level=logging.INFO)
+    logging.basicConfig(handlers=[Log(demo.out / _log_name(name), mode="w")], level=logging.INFO)
     logging.getLogger("easyeditor").setLevel(logging.WARNING)
     try:
         for checkpoint in _run(hparams, demo, lambda kind, content: messages.put((name, kind, content))):

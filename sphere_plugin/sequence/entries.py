@@ -21,7 +21,7 @@ from sphere_plugin.editing.config import ALPHA_OF
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.files import write_bytes
 from sphere_plugin.parsing import yaml_of
-from sphere_plugin.paths import is_file, is_folder, user_path
+from sphere_plugin.paths import is_file, is_folder, user_path, yaml_path
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -123,8 +123,8 @@ def _known(changes: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _hosted(method: str, variant: str | None, path: Path, changes: Mapping[str, Any]) -> Any:
-    given = user_path(path).resolve()
-    beside = given if _mapping(given).get("alg_name") == method else given.parent.parent / method / path.name
+    given = yaml_path(path).resolve()
+    beside = given if _mapping(given).get("alg_name") == method else given.parent.parent / method / given.name
     if not beside.exists():
         remedy = f"{path} is no {method} YAML, so that of the same name is looked for there: write it, or give one."
         raise ConfigError("hparams", str(beside), f"EasyEdit's YAML of {method} for this model", remedy)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sphere_plugin.errors import SphereError
 from sphere_plugin.files import make_folder
@@ -16,8 +16,21 @@ from sphere_plugin.files import make_folder
 LOG: Final = "run.log"
 
 
-class _Log(logging.FileHandler):
-    """A log that may have no place, or a full disk: what ends a run is told elsewhere as well."""
+class Log(logging.FileHandler):
+    """A log that may have no place, or a full disk: what ends a run is told elsewhere as well.
+
+    A link in its place is replaced. The file is opened with the first line.
+    """
+
+    def __init__(self, path: Path, mode: str = "a") -> None:
+        super().__init__(path, mode, encoding="utf-8", delay=True)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def _open(self) -> Any:
+        path = Path(self.baseFilename)
+        if path.is_symlink():
+            path.unlink()
+        return super()._open()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, or leave it out where the file cannot be opened."""
@@ -37,8 +50,7 @@ class _Log(logging.FileHandler):
 def logged(folder: Path, name: str = LOG) -> Iterator[None]:
     """Add what this package logs in the block to ``folder/run.log``, or another file there, and what ends it."""
     make_folder(folder)
-    handler = _Log(folder / name, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = Log(folder / name)
     log = logging.getLogger("sphere_plugin")
     level = log.level
     log.addHandler(handler)
