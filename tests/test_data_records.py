@@ -57,6 +57,23 @@ def test_every_schema_gives_the_same_record(raw: dict, tmp_path: Path) -> None:
     assert read_records(write(tmp_path, [raw])) == [EXPECTED]
 
 
+def test_a_flat_record_may_have_several_prompts_of_a_kind(tmp_path: Path) -> None:
+    prompts = ["Macintosh was made by", "Windows was made by"]
+    raw = FLAT | {
+        "rephrase_prompt": ["A", " ", "B"],
+        "locality_prompt": prompts,
+        "locality_ground_truth": ["Apple", "MS"],
+    }
+    (record,) = read_records(write(tmp_path, [raw]))
+    assert (record.paraphrases, record.neighbours) == (("A", "B"), tuple(prompts))
+    assert record.neighbour_targets == ("Apple", "MS")
+    (record,) = read_records(write(tmp_path, [raw | {"locality_ground_truth": "Apple"}]))
+    assert record.neighbour_targets == ("Apple", "Apple")
+    for key, value in (("rephrase_prompt", 5), ("locality_prompt", [1]), ("locality_ground_truth", ["Apple"])):
+        with pytest.raises(RequestError, match="expected all fields of its schema"):
+            read_records(write(tmp_path, [raw | {key: value}]))
+
+
 TRUE = replace(EXPECTED, target_true="Apple", neighbour_targets=("Apple",))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from pico import KINDS, pico, pico_tokenizer
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, CohereConfig, Gemma2Config, GraniteConfig
 
+from sphere_plugin.errors import ModelError
 from sphere_plugin.evaluation.decoder import Decoder
 from sphere_plugin.evaluation.predict import Ask, Said, Told, predict
 
@@ -80,11 +81,42 @@ def test_a_prompt_is_read_once_however_much_is_asked() -> None:
         nonlocal read
         read += arguments[0].numel()
 
+    decoder = Decoder(model)
     model.get_input_embeddings().register_forward_pre_hook(count)
-    predict(Decoder(model), questions, 1)  # one prompt in a batch: nothing is padded
+    predict(decoder, questions, 1)  # one prompt in a batch: nothing is padded
     prompts = {ask.ids for ask in questions}
     continued = {(ask.ids, target) for ask in questions for target in ask.targets}
     assert read == sum(map(len, prompts)) + sum(len(target) - 1 for _, target in continued)
+
+
+@pytest.mark.parametrize("make", [CohereConfig, Gemma2Config, GraniteConfig], ids=lambda make: make.model_type)
+def test_what_a_model_does_to_its_logits_is_done_here(make) -> None:
+    sizes = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    numbers = {"logit_scale": 0.25, "logits_scaling": 5.0, "final_logit_softcapping": 2.0}
+    config = make(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    for name, value in numbers.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.5)
+    decoder, rows = Decoder(model), [[5, 9, 31, 7], [3, 4, 60, 80]]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor(rows)).logits
+        torch.testing.assert_close(decoder.logits(decoder.hidden(rows)), expected, rtol=1e-4, atol=1e-4)
+        plain = model.get_output_embeddings()(decoder.hidden(rows))
+    assert not torch.allclose(plain, expected, rtol=0.05), "there was something to do"
+
+
+def test_a_model_whose_logits_are_otherwise_is_refused() -> None:
+    model, _ = pico("llama")
+    model.config.logits_scaling = 3.0  # which LLaMA does not know
+    with pytest.raises(ModelError, match="the model's logits: got '.* away from', expected those it computes"):
+        Decoder(model)
 
 
 def test_progress_counts_questions_and_none_has_no_answer() -> None:

@@ -109,6 +109,18 @@ def test_several_orders_are_averaged(tmp_path) -> None:
     assert task.scores[0][0] == abilities.Score(75.0, 25.0, (1.0, 0.5))
 
 
+def test_orders_that_have_not_come_so_far_leave_no_mean(tmp_path) -> None:
+    for order, moments in ((1, (0, 20, 40)), (2, (0, 20))):
+        points = [checkpoint(edits, {"efficacy_exact": [1.0, 0.0]}) for edits in moments]
+        folder = write_run(tmp_path / str(order) / "memit", manifest("memit", order=order), points)
+        for edits in moments:
+            put(folder, edits, rte=kept(1, order - 1, 0, 0))
+    study = study_of(tmp_path)
+    measured = abilities.gather(study)
+    assert sorted(measured.tasks[0].scores[0]) == [0, 20]
+    assert measured.missing == ("RTE of MEMIT after 40 edits: in 1 of 2 orders only",)
+
+
 def test_what_is_missing_is_said(pair) -> None:
     other = write_run(pair / "prune", manifest("prune"))
     put(other, 20, rte=kept(1, 0, how={**HOW, "records": 2}), nq=kept(1, 0, metric="exact_match"))

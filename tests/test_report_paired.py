@@ -7,6 +7,7 @@ import pytest
 from report_runs import checkpoint, manifest, write_run, write_study
 from scipy import stats
 
+from sphere_plugin.files import read_json, write_json
 from sphere_plugin.report import paired
 from sphere_plugin.report.numbers import METRICS
 from sphere_plugin.report.read import read_runs
@@ -52,6 +53,21 @@ def test_several_orders_are_averaged_record_by_record(tmp_path):
     assert found.n == 80
     means = [entry.value(EFFICACY, 80).mean for entry in study.entries]
     assert found.difference == pytest.approx(means[1] - means[0])
+
+
+def test_records_are_told_although_a_run_is_not_finished(tmp_path):
+    """The unedited model is scored on the edits of the whole run, which the journal does not have yet."""
+    for order in (1, 2):
+        folder = write_study(tmp_path / str(order), order=order, seed=order)
+        for entry in ("memit", "memit+sphere"):
+            path = folder / entry / "checkpoints" / "000000.json"
+            told = read_json(path)
+            write_json(path, told | {"scored": list(range(80, 80 + len(told["scored"])))})
+    study = study_of(tmp_path)
+    (found,) = [one for one in paired.comparisons(study) if one.metric is EFFICACY]
+    assert found.n == 80
+    records = [line.split(",")[4] for line in paired.scores_csv(study).splitlines()[1:]]
+    assert len(records) == 4 * 80 and "" not in records
 
 
 def test_other_orders_are_not_paired(tmp_path):

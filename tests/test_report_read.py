@@ -105,6 +105,7 @@ def test_what_cannot_be_compared_is_kept_apart(tmp_path):
     [
         ({"settings": {"fluency": 0}}, 1),  # what older manifests, without the key, mean
         ({"settings": {"fluency": 40}}, 2),
+        ({"text": "0" * 64, "settings": {"text": "/here"}}, 2),  # another text
         ({"seed": 1}, 1),
         ({"seed": 1, "sample": 10}, 2),
     ],
@@ -114,6 +115,35 @@ def test_runs_that_were_asked_other_things_are_kept_apart(tmp_path, change, stud
     write_run(tmp_path / "a", manifest("memit", **sample))
     write_run(tmp_path / "b", manifest("memit") | change)
     assert len(studies_of(read_runs([tmp_path]))) == studies
+
+
+def test_held_out_texts_are_told_apart_by_what_is_in_them(tmp_path):
+    for name, text in (("a", "1" * 64), ("b", "1" * 64), ("c", "2" * 64)):
+        write_run(tmp_path / name, manifest("memit", text=text, settings={"text": f"/{name}/text.txt"}))
+    assert [len(study.entries) for study in studies_of(read_runs([tmp_path]))] == [2, 1]
+
+
+def test_repeats_are_paired_within_their_comparison_and_have_labels_of_their_own(tmp_path):
+    for name in ("a", "b"):
+        for entry in ("memit", "memit+sphere"):
+            write_run(tmp_path / name / "cmp" / entry, manifest(entry), [checkpoint(10, {"efficacy": [1.0]})])
+    (study,) = studies_of(read_runs([tmp_path]))
+    labels = [entry.label for entry in study.entries]
+    assert sorted(labels) == [
+        "MEMIT (a/cmp/memit)",
+        "MEMIT (b/cmp/memit)",
+        *("MEMIT + SPHERE (a/cmp/memit+sphere)", "MEMIT + SPHERE (b/cmp/memit+sphere)"),
+    ]
+    pairs = [(base.label, entry.label) for base, entry in study.pairs()]
+    assert len(pairs) == 2 and all(base[7:12] == entry[16:21] for base, entry in pairs)
+
+
+def test_seeds_of_one_comparison_are_paired(tmp_path):
+    for seed in (0, 1):
+        for entry in ("memit", "memit+sphere"):
+            write_run(tmp_path / f"{entry}{seed}", manifest(entry, seed=seed), [checkpoint(10, {"efficacy": [1.0]})])
+    (study,) = studies_of(read_runs([tmp_path]))
+    assert all(base.runs[0].manifest["seed"] == entry.runs[0].manifest["seed"] for base, entry in study.pairs())
 
 
 def test_other_settings_are_another_entry(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 
 import pytest
@@ -75,7 +76,7 @@ def test_best_and_second_are_marked_among_edited_models(study):
 
 def test_what_is_missing_is_said(study):
     table = cells(study)
-    assert table["RECT"]["perplexity"].text == "not scored"
+    assert table["RECT"]["perplexity"].text == "not available: not finite"
     assert table["MEMIT"]["fluency"].text == "not scored"
     assert table["RECT"]["perplexity"].rank == ""
 
@@ -86,6 +87,13 @@ def test_what_reads_the_same_has_the_same_rank():
     assert comparison.ranked(metric, values) == ["best", "best", "second", "", ""]
     assert comparison.ranked(metric, [Value(0.5), Value(None)]) == ["", ""]
     assert comparison.ranked(BY_NAME["perplexity"], [Value(9.0), Value(11.0)]) == ["best", "second"]
+
+
+def test_energies_as_far_from_zero_have_the_same_rank():
+    values = [Value(-0.01), Value(0.01), Value(0.05)]
+    for order in itertools.permutations(range(3)):
+        ranks = comparison.ranked(BY_NAME["energy"], [values[place] for place in order])
+        assert [ranks[order.index(place)] for place in range(3)] == ["best", "best", "second"]
 
 
 def test_several_orders_are_averaged_with_their_spread(tmp_path):

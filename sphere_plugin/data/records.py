@@ -162,10 +162,10 @@ def _record(raw: object, where: str) -> Record:
                 if isinstance(text, str) and not is_whole(text):
                     raise TypeError(f"half a character in {text!r:.60}")
         return record
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(where, raw, f"all fields of its schema ({error!r})", _FORMATS) from error
     except RequestError as error:
         raise RequestError(f"{where}.{error.culprit}", error.got, error.expected, error.remedy) from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise RequestError(where, raw, f"all fields of its schema ({error!r})", _FORMATS) from error
 
 
 def _reader(raw: Mapping[str, Any], where: str) -> Callable[[Mapping[str, Any]], Record]:
@@ -212,7 +212,9 @@ def _zsre(raw: Mapping[str, Any]) -> Record:
 def _flat(raw: Mapping[str, Any]) -> Record:
     """EasyEdit's flat CounterFact and KnowEdit's files, and the items of EasyEdit's dataset objects for either."""
     groups: list[Any] = [*(raw.get("locality") or {}).values(), raw.get("locality_rs"), raw.get("locality_f")]
-    around = [(prompt, _first(raw.get("locality_ground_truth"))) for prompt in _some(raw.get("locality_prompt"))]
+    prompts, truths = _some(raw.get("locality_prompt")), raw.get("locality_ground_truth")
+    each = truths if isinstance(raw.get("locality_prompt"), list) and isinstance(truths, list) else [truths] * len(prompts)
+    around = [(prompt, _first(truth)) for prompt, truth in zip(prompts, each, strict=True)]
     around += [(item["prompt"], _first(item.get("ground_truth"))) for group in groups for item in group or ()]
     return Record(
         prompt=_filled(raw["prompt"], raw["subject"] or ""),
@@ -230,8 +232,9 @@ def _filled(prompt: str, subject: str) -> str:
     return prompt.replace("{}", subject) if subject != "" else prompt
 
 
-def _some(text: object) -> tuple[str, ...]:
-    return (text,) if isinstance(text, str) and text.strip() else ()
+def _some(value: object) -> tuple[str, ...]:
+    """A text, a list of texts, or nothing; without those that are blank."""
+    return tuple(text for text in _texts([value] if isinstance(value, str) else value) if text.strip())
 
 
 def _texts(value: object) -> tuple[str, ...]:

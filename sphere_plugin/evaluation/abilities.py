@@ -158,12 +158,12 @@ class Suite:
             live = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self._batch_size)
             _check_context(live, name, loaded["tasks"].values())
             found = evaluate(live, loaded, limit=self._limit, bootstrap_iters=_RESAMPLES)
-            samples = [sample for task in loaded["tasks"] for sample in found["samples"][task]]
-            cut = sum(_is_cut(live, task, found["samples"][key]) for key, task in loaded["tasks"].items())
-        top = next(iter(loaded["groups"] or loaded["tasks"]))
-        metric, way = _metric(found["results"][top], name)
+            top = next(iter(loaded["groups"] or loaded["tasks"]))
+            metric, way = _metric(found["results"][top], name)
+            read = {key: [one for one in found["samples"][key] if one["filter"] == way] for key in loaded["tasks"]}
+            cut = sum(_is_cut(live, task, read[key]) for key, task in loaded["tasks"].items())
         # A task may read an answer in several ways; the records are those of the way that is told.
-        records = tuple(_number(sample[metric]) for sample in samples if sample["filter"] == way and metric in sample)
+        records = tuple(_number(one[metric]) for samples in read.values() for one in samples if metric in one)
         stderr = found["results"][top].get(f"{metric}_stderr,{way}")
         value = float(found["results"][top][f"{metric},{way}"])
         known = stderr if isinstance(stderr, float) and math.isfinite(stderr) else None

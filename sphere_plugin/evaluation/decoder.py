@@ -5,19 +5,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sphere_plugin.errors import ModelError
 from sphere_plugin.models.forward import pad_right, trunk
 from sphere_plugin.models.placement import input_device
 
 Row = TypeVar("Row")
+_AGREE: Final = 0.02  # of the largest logit: what rounding to 16 bits may do
 
 
 class Decoder:
     """A causal language model of Hugging Face's, as scoring reads it.
+
+    Hidden states become logits only where something is asked, so what a model does to the logits of its output
+    embedding is done here as well: Cohere's `logit_scale`, Granite's `logits_scaling`, Gemma's cap.
+
+    Raises:
+        ModelError: the model's own logits are others.
 
     Attributes:
         continues: whether rows of different lengths can be continued side by side: they are padded, so the model must
@@ -27,6 +35,11 @@ class Decoder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.continues = "position_ids" in inspect.signature(trunk(model).forward).parameters
+        config = getattr(model, "config", None)
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self._cap = getattr(config, "final_logit_softcapping", None)
+        self._check()
 
     def together(self, rows: Sequence[Row], length: Callable[[Row], int]) -> Iterator[Sequence[Row]]:
         """Rows, sorted by the length of their prompts, in groups that can be continued side by side."""
@@ -59,7 +72,23 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, d] to [n, vocabulary]."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)  # type: ignore[operator]
-        return logits
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+    def _check(self) -> None:
+        """Compare logits with the model's own, behind two tokens."""
+        if any(module.training for module in self.model.modules()):  # dropout: no two passes agree
+            return
+        rows = [[0, 1]]
+        with torch.no_grad():
+            ours = self.logits(self.hidden(rows)[0]).float()
+            ids = torch.tensor(rows, device=self.device)
+            theirs = self.model(input_ids=ids, use_cache=False).logits[0].to(ours)
+        furthest, most = float((ours - theirs).abs().max()), float(theirs.abs().max())
+        if furthest > _AGREE * most:  # not where they are not finite: a collapsed model is scored too
+            remedy = "This package cannot score it: its logits are no known function of its output embedding's."
+            raise ModelError("the model's logits", f"{furthest / most:.2g} away from", "those it computes", remedy)
 
 
 class Begun:

@@ -167,7 +167,7 @@ class PrincipalSpace:
         wide = self._widened(self._checked(delta).detach())
         inside = self._inside(wide)
         if isinstance(delta, Factors):
-            whole, part = delta.norm(), Factors(delta.left, inside.T).norm()
+            whole, part = delta.norm(), Factors(delta.left.detach().to(inside), inside.T).norm()
         else:
             whole, part = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (wide, inside))
         return min(1.0, alpha * (2.0 - alpha) * (part / whole) ** 2) if whole else 0.0

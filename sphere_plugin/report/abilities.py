@@ -125,11 +125,19 @@ def gather(study: Study) -> Measured:
                     told_of.add((name, entry.slot))
                 else:
                     found.setdefault(name, {}).setdefault(entry.slot, {}).setdefault(edits, []).append(score)
+    for name, slots in found.items():
+        for entry in (one for one in study.entries if one.slot in slots):
+            for edits, scores in list(slots[entry.slot].items()):
+                if edits and len(scores) < len(entry.runs):  # the others may have collapsed
+                    del slots[entry.slot][edits]
+                    some = f"after {edits} edits: in {len(scores)} of {len(entry.runs)} orders only"
+                    missing[f"{TITLES.get(name, name)} of {entry.label} {some}"] = None
+                    told_of.add((name, entry.slot))
     tasks = tuple(
         Task(
             name,
             hows[name][1],
-            {slot: {edits: _together(scores) for edits, scores in at.items()} for slot, at in slots.items()},
+            {slot: {edits: _together(scores) for edits, scores in at.items()} for slot, at in slots.items() if at},
         )
         for name, slots in found.items()
     )

@@ -9,7 +9,7 @@ from sphere_plugin.report.comparison import protocol_in_words
 from sphere_plugin.report.grid import Field, Grid, Line
 from sphere_plugin.report.numbers import Metric, Value, shown, shown_value, written, written_p
 from sphere_plugin.report.paired import TEST
-from sphere_plugin.report.recommend import CRITERION, Choice, plain, score
+from sphere_plugin.report.recommend import Choice, criterion, plain, score
 from sphere_plugin.report.sweep import LEVEL, Cell, Sweep, in_words, value_in_words
 
 
@@ -24,7 +24,7 @@ def numbers(sweep: Sweep, chosen: Sequence[Choice]) -> dict[str, Any]:
         "protocol": dict(study.protocol),
         "unedited": {metric.name: _value(study.unedited(metric)) for metric in sweep.metrics},
         "cells": [_cell(sweep, cell) for cell in sweep.cells],
-        "criterion": CRITERION,
+        "criterion": criterion(sweep),
         "recommended": [plain(sweep, choice) for choice in chosen],
         "notes": notes(sweep),
     }
@@ -44,7 +44,7 @@ def notes(sweep: Sweep) -> list[str]:
         "numbers of a run and have no such test.",
         "ΔHE: relative change of hyperspherical energy (s = 2), mean of the edited weights. Its difference is that of "
         "absolute values: below 0 the energy has stayed nearer to where it was.",
-        f"Score: {CRITERION}.",
+        f"Score: {criterion(sweep)}.",
     ]
     if orders and orders != [1]:
         said.append(f"Means of {' or '.join(map(str, orders))} orders of the edits; their ± is the mean of theirs.")

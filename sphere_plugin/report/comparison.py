@@ -90,12 +90,11 @@ def rows(study: Study) -> list[Row]:
 
 def ranked(metric: Metric, values: Sequence[Value]) -> list[str]:
     """Returns "best", "second" or "" for each value. What reads the same is the same; one number alone has no rank."""
-    written = [None if value.mean is None else shown(metric, value.mean) for value in values]
-    distinct = {text: _reading(metric, text) for text in written if text is not None}
-    falling = sorted(distinct, key=distinct.__getitem__, reverse=metric.better > 0)
-    if sum(text is not None for text in written) < 2 or len(falling) < 2:
+    read = [None if value.mean is None else _reading(metric, shown(metric, value.mean)) for value in values]
+    falling = sorted({one for one in read if one is not None}, reverse=metric.better > 0)
+    if len(falling) < 2:
         return [""] * len(values)
-    return [BEST if text == falling[0] else SECOND if text == falling[1] else "" for text in written]
+    return [BEST if one == falling[0] else SECOND if one == falling[1] else "" for one in read]
 
 
 def protocol_in_words(study: Study) -> str:
@@ -122,7 +121,7 @@ def table_csv(study: Study) -> str:
             value, each = cell.value, cell.value.each
             lines.append(
                 (row.label, row.entry.name if row.entry else UNEDITED, row.edits, cell.metric.name)
-                + (_raw(value.mean), _raw(value.half), value.n or "", len(each) or 1)
+                + (_raw(value.mean), _raw(value.half), value.n or "", row.orders)
                 + (_raw(min(each) if each else None), _raw(max(each) if each else None))
                 + ("yes" if row.entry and row.entry.shared else "no", cell.paper)
                 + ("" if value.mean is not None else value.reason,)
@@ -162,9 +161,7 @@ def notes(study: Study) -> list[str]:
         "best is nearest to 0.",
     ]
     if any(len(entry.runs) > 1 for entry in study.entries):
-        said.append(
-            "Of several orders of the same edits, the mean; its ± is the mean of the single orders' half widths."
-        )
+        said.append("Of several orders, the mean; its ± is the mean of the single orders' half widths.")
     if any(entry.shared for entry in study.entries):
         said.append(f"{SHARED.strip()} Targets were aimed once and shared by all methods, not by each for itself.")
     return [*said, *([study.remark] if study.remark else [])]

@@ -179,7 +179,8 @@ def _caption(choice: Choice, cells: Sequence[Cell], several: Sequence[str]) -> s
     dotted = "; dotted: the default" if any(cell.default and cell is not choice.best for cell in cells) else ""
     return (
         "Difference to the method alone, and below it the value itself. Blue: better, red: worse; a metric has one "
-        f"scale for all methods, up to the largest difference. {_marks()} Framed: the highest score{dotted}."
+        "scale for all methods, up to the largest difference or the ± of a method alone. "
+        f"{_marks()} Framed: the highest score{dotted}."
     )
 
 

@@ -109,7 +109,9 @@ def measure(run: Run, checkpoint: Checkpoint | None, metric: Metric) -> Value:
     if checkpoint is None:
         return Value(None, reason="not available: no checkpoint")
     if metric.name == "perplexity":
-        return Value(None) if checkpoint.nll is None else Value(math.exp(min(checkpoint.nll, 700.0)))
+        if checkpoint.nll is None:
+            return Value(None, reason="not available: not finite")
+        return Value(math.exp(min(checkpoint.nll, 700.0)))
     if metric.name == "energy":
         return energy_change(run, checkpoint.energy)
     scores = list(scores_of(run, checkpoint, metric).values())

@@ -115,7 +115,7 @@ def paired_scores(
         for other, counterpart in second:
             if other.order != run.order:
                 continue
-            known = _can_name(run) and _can_name(other)
+            known = _can_name(run, checkpoint) and _can_name(other, counterpart)
             ours, theirs = (_by_record(*one, metric, known) for one in ((run, checkpoint), (other, counterpart)))
             for key in sorted(ours.keys() & theirs.keys()):
                 by_record.setdefault(key, []).append((ours[key], theirs[key]))
@@ -190,7 +190,8 @@ def scores_csv(study: Study) -> str:
     for entry in study.entries:
         for run, checkpoint in entry.checkpoints(study.moment) if study.moment is not None else ():
             scores = [scores_of(run, checkpoint, metric) for metric in metrics]
-            records = [record for batch in run.batches for record in batch.records] if _can_name(run) else None
+            known = _can_name(run, checkpoint)
+            records = [record for batch in run.batches for record in batch.records] if known else None
             for place in checkpoint.scored:
                 told = (place, None if records is None else records[place], *(one.get(place) for one in scores))
                 rows.append((entry.name, run.order, checkpoint.edits, *told))
@@ -216,11 +217,10 @@ def _fields(one: Comparison) -> list[Field]:
     return [*names, Field(str(one.n), one.n), *fields, Field(f"{one.better} / {one.worse}"), *ps]
 
 
-def _can_name(run: Run) -> bool:
+def _can_name(run: Run, checkpoint: Checkpoint) -> bool:
     """Whether the journal tells which record each scored edit is."""
-    positions = max((max(one.scored, default=-1) for one in run.checkpoints), default=-1)
     records = [record for batch in run.batches for record in batch.records]
-    return positions < len(records) and None not in records
+    return all(position < len(records) and records[position] is not None for position in checkpoint.scored)
 
 
 def _by_record(run: Run, checkpoint: Checkpoint, metric: Metric, known: bool) -> Scored:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, harmonic_mean
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from sphere_plugin.report.numbers import ACCURACIES, Metric, written, written_p
 from sphere_plugin.report.paired import CHUNK, SEED, holm, paired_scores, resamples
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import numpy
 
     Numbers = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
-
-CRITERION: Final = "harmonic mean of efficacy, generalization and specificity"
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,13 @@ def score(sweep: Sweep, cell: Cell) -> float | None:
 
 
 def parts(sweep: Sweep) -> list[Metric]:
-    """What the score is the harmonic mean of: those of `CRITERION` that anybody has scored."""
+    """What the score is the harmonic mean of: efficacy, generalization and specificity, as far as they were scored."""
     return [metric for metric in ACCURACIES if sweep.study.has(metric)]
+
+
+def criterion(sweep: Sweep) -> str:
+    """The score in words."""
+    return "harmonic mean of " + " and ".join(", ".join(metric.name for metric in parts(sweep)).rsplit(", ", 1))
 
 
 def choices(sweep: Sweep) -> list[Choice]:
@@ -109,9 +112,8 @@ def sentence(sweep: Sweep, choice: Choice) -> str:
     if best is None or reference is None:
         return f"{choice.base}: nothing to recommend: {choice.reason}"
     alone = sweep.alone(best)
-    names = " and ".join(", ".join(metric.name for metric in parts(sweep)).rsplit(", ", 1))
     said = f"{best.method}: {best.words} has the highest score of {choice.cells}, {_percent(score(sweep, best))}"
-    said += f" (harmonic mean of {names} after {sweep.study.moment} edits, %). "
+    said += f" ({criterion(sweep)} after {sweep.study.moment} edits, %). "
     what = f"the default, {reference.words}," if reference is choice.default else reference.label
     what += "" if choice.default else " (no default in the grid)"
     if best.runs == reference.runs:

@@ -136,13 +136,16 @@ class Study:
         return averaged(first.values()) if first else Value(None)
 
     def pairs(self) -> list[tuple[Entry, Entry]]:
-        """Entries "x" and "x+sphere"; of several "x" the one with the most settings in common, the first of those."""
+        """Entries "x" and "x+sphere"; of several "x" the one with the most settings in common.
+
+        Of those with as many one of the same comparison, then one of the same seed, then the first.
+        """
         found = []
         for entry in (one for one in self.entries if one.sphere):
             wanted = without_sphere(entry.name), entry.shared
             alone = [one for one in self.entries if not one.sphere and (one.name, one.shared) == wanted]
             if alone:
-                found.append((min(alone, key=lambda one: _differing(one.runs[0], entry.runs[0])), entry))
+                found.append((min(alone, key=lambda one: _distance(one.runs[0], entry.runs[0])), entry))
         return found
 
     def metrics(self) -> list[Metric]:
@@ -226,21 +229,21 @@ def _entries(runs: Sequence[Run], families: Mapping[str, int]) -> tuple[Entry, .
             repeat += 1
         groups[run.entry, run.share_targets, settings, repeat][run.order] = run
     members = [tuple(group.values()) for group in groups.values() if group]
-    names = [(group[0].label, group[0].share_targets) for group in members]
+    first = [group[0] for group in members]
     return tuple(
-        Entry(group[0].entry, _label(group[0], names), slot, families[_family(group[0].entry)], group)
+        Entry(group[0].entry, _label(group[0], first), slot, families[_family(group[0].entry)], group)
         for slot, group in enumerate(members)
     )
 
 
-def _label(run: Run, names: Sequence[tuple[str, bool]]) -> str:
+def _label(run: Run, runs: Sequence[Run]) -> str:
     """The run's label; with its folder where two entries would have the same, with a dagger for shared targets."""
-    twice = names.count((run.label, run.share_targets)) > 1
-    return (
-        run.label
-        + (f" ({run.folder.parent.name}/{run.folder.name})" if twice else "")
-        + (SHARED if run.share_targets else "")
-    )
+    wanted = run.label, run.share_targets
+    alike = [one.folder.parts for one in runs if one is not run and (one.label, one.share_targets) == wanted]
+    own, last = run.folder.parts, 2
+    while any(other[-last:] == own[-last:] for other in alike) and last < len(own):
+        last += 1
+    return run.label + (f" ({'/'.join(own[-last:])})" if alike else "") + (SHARED if run.share_targets else "")
 
 
 def _families(runs: Iterable[Run]) -> dict[str, int]:
@@ -252,6 +255,12 @@ def _differing(run: Run, other: Run) -> int:
     """In how many of the method's settings two runs differ."""
     first, second = ((one.manifest.get("method") or {}).get("hparams") or {} for one in (run, other))
     return sum(first.get(key) != second.get(key) for key in {*first, *second})
+
+
+def _distance(run: Run, other: Run) -> tuple[int, bool, bool]:
+    """How far two runs are from being alike but for their entry."""
+    seeds = [one.manifest.get("seed") for one in (run, other)]
+    return _differing(run, other), run.folder.parent != other.folder.parent, seeds[0] != seeds[1]
 
 
 def _family(name: str) -> str:
@@ -273,7 +282,8 @@ def _setting(run: Run) -> str:
         [data.get(key) for key in ("file", "sha256", "records")],
         [manifest.get(key) for key in ("edits", "batch_size", "sample", "preset")],
         manifest.get("seed") if manifest.get("sample") else None,  # it draws the sample
-        [(manifest.get("settings") or {}).get(key) for key in ("neighbours", "text")],
+        (manifest.get("settings") or {}).get("neighbours"),
+        manifest.get("text") or (manifest.get("settings") or {}).get("text"),  # its digest, in older runs its path
         (manifest.get("settings") or {}).get("fluency") or 0,
         sorted(run.protocol.items()),
     )

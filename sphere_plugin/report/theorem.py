@@ -180,7 +180,8 @@ def _real(rows: Sequence[Row], test: Test) -> Field:
     if test is not TESTS[0]:
         return Field("–")
     both = [(point.ratio, point.row.number("inputs.text.alignment")) for point in points(rows, test)]
-    return _count(sum(ratio > share for ratio, share in both if share is not None))
+    known = [ratio > share for ratio, share in both if share is not None]
+    return _count(sum(known)) if known else Field("–")
 
 
 def _broken(ratios: Sequence[float]) -> int:
