@@ -18,7 +18,7 @@ there is nothing to remember, and when="end" is `project_adapter` in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -86,6 +86,7 @@ class SphereCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
         self._lora: dict[str, Any] = {}
         self._guards: dict[str, _Guard] = {}
         self._raw: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}  # A as it was projected
 
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -93,7 +94,9 @@ class SphereCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
         resumed = state.global_step > 0
         lora, full = _choose(model, self.weights)
         self._adapter = _trained_adapter(model, lora) if lora else None
-        self.report, self._lora, self._guards, self._raw = None, lora, {}, {}
+        if not resumed:
+            self._go_on_from_raw(lora)
+        self.report, self._lora, self._guards, self._raw, self._held = None, lora, {}, {}, {}
         if full and resumed and (self.when == "end" or self.config.basis == "pretrained"):
             expected = 'a start at step 0: when="end" and basis="pretrained" need the weights from before training'
             remedy = 'Train anew, or use when="step" with basis="current".'
@@ -135,6 +138,7 @@ class SphereCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
                     weight = self._lora[name].lora_A[self._adapter].weight
                     self._raw[name] = weight.detach().clone()
                     weight.copy_(a)
+                    self._held[name] = weight.detach().clone()
         layers |= {name: guard.summary() for name, guard in self._guards.items()}
         self.report = reported(self._adapter, layers)
         self._guards = {}
@@ -152,6 +156,18 @@ class SphereCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
         for name, raw in self._raw.items():
             self._lora[name].lora_A[self._adapter].weight.copy_(raw)
         self._raw = {}
+
+    def _go_on_from_raw(self, lora: Mapping[str, Any]) -> None:
+        """Where the last training's projected A matrices are trained again, put back the raw ones it ended with.
+
+        They are projected whole at the end: projecting what is left of them again would hold them back twice.
+        """
+        for name, held in self._held.items():
+            if name not in lora or name not in self._raw or lora[name] is not self._lora.get(name):
+                continue
+            live = lora[name].lora_A[self._adapter].weight
+            if torch.equal(live, held):
+                live.copy_(self._raw[name])
 
     def _project(self) -> None:
         """Project what all guarded matrices have changed by; none of them if one holds NaN or infinity."""

@@ -120,7 +120,7 @@ def project_saved_adapter(
     model, _ = load_model(base, dtype)
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(source))
-    except (RuntimeError, ValueError, KeyError) as error:  # sizes or names that do not fit
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # sizes or names that do not fit
         raise _wrong_base(base, source, str(error).strip().splitlines()[0]) from error
     layers = _checked_layers(adapted, "default")
     titles = {f"{title}.lora_A.weight": title for title in layers}
@@ -296,7 +296,7 @@ def _saved(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, _ = read_tensors(source / "adapter_model.safetensors", remedy, marked=False)
     try:
         parsed = _peft().PeftConfig.from_pretrained(str(source))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError("the adapter", str(source), f"settings and tensors that load ({error})", remedy) from error
     check_adapter({"default": parsed}, "default")
     return settings, tensors

@@ -281,3 +281,32 @@ def test_a_lora_that_is_not_finite_is_refused(when: str, side: str) -> None:
         SphereCallback.on_train_end(callback, None, None, None)
     for weight, old in zip(weights, before, strict=True):
         torch.testing.assert_close(weight, old, rtol=0, atol=0, equal_nan=True)
+
+
+def test_trained_again_it_projects_what_was_learned_and_not_what_was_left_of_it() -> None:
+    """The raw A matrices are trained on: two trainings end where one of both ends."""
+    (model, weights, callback), (twin, others, alone) = (adapted(torch.float32, "end") for _ in range(2))
+    train(callback, model, weights, [1e-2])
+    train(callback, model, weights, [1e-2])
+    with torch.no_grad():
+        random = torch.Generator().manual_seed(0)
+        for weight in others:
+            weight += 2e-2 * torch.randn(weight.shape, generator=random)
+    train(alone, twin, others, [])
+    for now, expected in zip(weights, others, strict=True):
+        torch.testing.assert_close(now, expected, rtol=1e-4, atol=1e-6)
+    callback.undo()
+    alone.undo()
+    for now, expected in zip(weights, others, strict=True):
+        torch.testing.assert_close(now, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_matrix_that_somebody_else_wrote_since_is_trained_as_it_is() -> None:
+    model, weights, callback = adapted(torch.float32, "end")
+    train(callback, model, weights, [1e-2])
+    with torch.no_grad():
+        for weight in weights:
+            weight.fill_(0.5)
+    train(callback, model, weights, [])
+    callback.undo()
+    assert all(bool((weight == 0.5).all()) for weight in weights)

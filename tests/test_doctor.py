@@ -128,6 +128,12 @@ def test_a_module_that_is_not_there_is_named_with_the_nearest(write: Any) -> Non
         ("ROME", {"model_name": "/no/such/folder"}, "YAML", "/no/such/folder"),
         ("ROMA", {}, "YAML", "'ROME'"),
         ("ROME", {"device": 7}, "device", "cuda:7"),
+        ("ROME", {"rewrite_module_tmp": "model.layers.{layer}.mlp.down_proj"}, "YAML", "layer's number"),
+        ("ROME", {"rewrite_module_tmp": "model.layers.{}.{}.down_proj"}, "YAML", "layer's number"),
+        ("ROME", {"rewrite_module_tmp": "model.layers.{.mlp.down_proj"}, "YAML", "layer's number"),
+        ("ROME", {"layers": 1}, "YAML", "a list of layer numbers"),
+        ("ROME", {"layers": None}, "YAML", "a list of layer numbers"),
+        ("ROME", {"rewrite_module_tmp": "model.layers.{}.input_layernorm"}, "weights", "a matrix"),
     ],
 )
 def test_what_is_wrong_is_a_finding(

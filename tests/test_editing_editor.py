@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -980,3 +981,15 @@ def test_progress_is_told_of_facts_and_texts(tmp_path: Path) -> None:
     for what, total in ((WRITING, 8), (READING, 8), ("aiming", 3)):
         assert sum(done for name, done, _ in told if name == what) == total
         assert {whole for name, _, whole in told if name == what} == {total}
+
+
+def test_targets_of_other_facts_are_refused() -> None:
+    model, tokenizer = pico("llama")
+    editor = Editor(model, tokenizer, pico_config("llama"))
+    aimed = editor.aim(REQUESTS[:1])
+    before = [weight.detach().clone() for weight in editor.anatomy.weights.values()]
+    with pytest.raises(RequestError, match=r"aimed: got \(1, 32\), expected targets of shape \(2, 32\)"):
+        editor.apply(REQUESTS[:2], aimed)
+    with pytest.raises(ModelError, match="loss of requests"):
+        editor.apply(REQUESTS[:1], replace(aimed, losses=torch.tensor([float("nan")])))
+    assert all(torch.equal(*pair) for pair in zip(before, editor.anatomy.weights.values(), strict=True))

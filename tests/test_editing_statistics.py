@@ -544,7 +544,21 @@ def test_an_edit_with_statistics_of_easyedit(tmp_path: Path) -> None:
     assert all(layer.update_norm > 0 for layer in report.layers)
 
 
-@pytest.mark.parametrize("fault", ["missing", "not an archive", "other keys", "another model", "no tokens", "NaN"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "missing",
+        "not an archive",
+        "other keys",
+        "another model",
+        "no tokens",
+        "NaN",
+        "empty",
+        "one array",
+        "text",
+        "two counts",
+    ],
+)
 def test_statistics_that_cannot_be_used_are_refused_by_name(fault: str, tmp_path: Path) -> None:
     for layer in (1, 2):
         path = tmp_path / f"{layer}.npz"
@@ -554,11 +568,17 @@ def test_statistics_that_cannot_be_used_are_refused_by_name(fault: str, tmp_path
         )
         if fault == "NaN":
             total[0, 0] = np.nan
-        if fault == "not an archive":
-            path.write_bytes(b"nothing of the kind")
+        total = np.array([["a"]]) if fault == "text" else total
+        if fault in ("not an archive", "empty"):
+            path.write_bytes(b"" if fault == "empty" else b"nothing of the kind")
+        elif fault == "one array":
+            with path.open("wb") as file:
+                np.save(file, total)
         elif fault != "missing":
             name = "mean.mean" if fault == "other keys" else "mom2.mom2"
-            np.savez(path, **{name: total, "mom2.count": np.int64(count)})
+            np.savez(
+                path, **{name: total, "mom2.count": np.full(2, count) if fault == "two counts" else np.int64(count)}
+            )
     with pytest.raises(ConfigError, match="mom2_dataset.*1.npz"):
         moments("llama", pico_config("llama", mom2_dataset=str(tmp_path / "{}.npz")))
 

@@ -221,6 +221,50 @@ def test_master_copies_go_back_with_the_edits(
     assert "master copies" not in caplog.text
 
 
+def test_master_copies_stay_where_easyedit_takes_an_edit_back(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"base_method": "MEMIT", "bf16": True, "master_copy": True}
+    editor, other = (sphere_editor(bench, "llama", **settings) for _ in range(2))
+    for fact in (FACTS[0], FACTS[2]):
+        bench.edit(other, [fact])
+    with sp.journal(editor) as j:
+        bench.edit(editor, [FACTS[0]])
+        kept = {name: copy.clone() for name, copy in j.method.editor.masters.items()}
+        bench.edit(editor, [FACTS[1]], keep=False)
+        assert prompts(j.edits) == [FIRST]
+        assert same(j.method.editor.masters, kept)
+        bench.edit(editor, [FACTS[2]])
+    assert same(copies(editor.model), copies(other.model))
+    assert "master copies" not in caplog.text
+
+
+def test_an_edit_that_cannot_be_recorded_is_forgotten(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"base_method": "MEMIT", "bf16": True, "master_copy": True}
+    editor, other = (sphere_editor(bench, "llama", **settings) for _ in range(2))
+    for fact in (FACTS[0], FACTS[2]):
+        bench.edit(other, [fact])
+    with sp.journal(editor) as j:
+        bench.edit(editor, [FACTS[0]])
+        with monkeypatch.context() as full:
+            full.setattr(j.store, "append", lambda *_, **__: (_ for _ in ()).throw(CacheError("disk", "full", "", "")))
+            with pytest.raises(CacheError):
+                bench.edit(editor, [FACTS[1]])
+        bench.edit(editor, [FACTS[2]])
+    assert same(copies(editor.model), copies(other.model))
+    assert same(editor.apply_algo.editor.masters, other.apply_algo.editor.masters)
+
+
+@pytest.mark.parametrize("number", ["1", 1.0, None, True, 0])
+def test_edits_are_taken_back_in_whole_numbers(number: object, bench: Bench) -> None:
+    editor = sphere_editor(bench, "llama", base_method="MEMIT")
+    with sp.journal(editor) as j:
+        bench.edit(editor, [FACTS[0]])
+        with pytest.raises(
+            ConfigError, match="the number of edits to take back: got .*, expected a number from 1 to 1"
+        ):
+            j.undo(number)
+        assert len(j.edits) == 1
+
+
 def test_a_batch_is_one_edit(bench: Bench) -> None:
     editor = sphere_editor(bench, "llama", batch_size=2)
     before = copies(editor.model)

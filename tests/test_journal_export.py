@@ -19,6 +19,7 @@ from sphere_plugin.files import read_json, write_json
 from sphere_plugin.geometry.neurons import neurons
 from sphere_plugin.journaling.batch import same_bits
 from sphere_plugin.journaling.card import LISTED
+from sphere_plugin.journaling.lowrank import cut
 
 
 class Run(Walk):
@@ -258,3 +259,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"{tmp_path / 'model2'}: 6 edits, hf\n"
     assert main(["export", str(tmp_path), str(out)]) == 1
     assert "a path where nothing is" in capsys.readouterr().err
+
+
+def test_an_update_that_is_not_finite_is_no_adapter() -> None:
+    update = torch.ones(4, 6)
+    update[1, 2] = float("nan")
+    with pytest.raises(ModelError, match="the update of w: got 'NaN or infinite entries'"):
+        cut([("w", update)], None)

@@ -505,6 +505,11 @@ def test_what_is_not_there_or_does_not_fit_leaves_no_folder(tmp_path: Path, monk
     refused(CacheError, "Save the adapter again", source=tmp_path / "partial")
     (tmp_path / "partial" / "adapter_config.json").write_bytes(b"{")
     refused(CacheError, "adapter_config.json", source=tmp_path / "partial")
+    for key, value in (("r", "2"), ("target_modules", 5), ("rank_pattern", [1])):
+        odd = shutil.copytree(raw, tmp_path / f"odd {key}")
+        config = json.loads((odd / "adapter_config.json").read_text()) | {key: value}
+        (odd / "adapter_config.json").write_text(json.dumps(config))
+        refused(ModelError, "", source=odd)
     with monkeypatch.context() as patch:
         patch.setattr(room, "write_json", lambda path, content, marked=True: 1 / 0)
         with pytest.raises(ZeroDivisionError):

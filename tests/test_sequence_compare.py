@@ -174,6 +174,13 @@ def test_a_guard_stops_its_own_entry(tmp_path: Path, sphere: Server) -> None:
     assert code == 0 and "MEMIT                             6 edits: efficacy " in said, said
 
 
+def test_a_damaged_record_of_a_guard_ends_its_entry_only(hparams: Path, tmp_path: Path) -> None:
+    start(settings(hparams, "memit"), tmp_path / "memit")
+    (tmp_path / "memit" / "guard.json").write_text("{")
+    ended = comparing._work(settings(hparams, "memit"), tmp_path / "memit", True)
+    assert "guard.json" in (ended.failed or "") and ended.stopped is None
+
+
 def _kills_itself(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
     if settings.entries[0] == "memit":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -17,9 +17,9 @@ from sphere_plugin.arguments import parser
 from sphere_plugin.cli import main
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.restraints import PruneConfig, RectConfig
-from sphere_plugin.sequence import command, plan, presets, runner, targets
+from sphere_plugin.sequence import command, manifest, plan, presets, runner, targets
 from sphere_plugin.sequence.compare import Ended
-from sphere_plugin.sequence.entries import ALL, hparams_of, label, parse, settings_of, split
+from sphere_plugin.sequence.entries import ALL, absolute, hparams_of, label, parse, settings_of, split
 from sphere_plugin.sequence.settings import RunSettings
 
 SMOL = ROOT / "hparams" / "SPHERE" / "smollm2-135m.yaml"
@@ -81,6 +81,13 @@ def test_what_an_entry_means_for_the_own_editor() -> None:
     assert values("memit", v_lr="5e-1").v_lr == 0.5, "YAML takes 5e-1 for text"
     assert values("rect", rect={"keep": 0.2}).rect == RectConfig(keep=0.2)
     assert values("rect", projection="in_loop").projection == "in_loop"
+    for entry, alpha in (
+        ("memit+sphere", 0.8),
+        ("rect+sphere", 0.8),
+        ("prune+random", 0.8),
+        ("alphaedit+sphere", 0.5),
+    ):
+        assert values(entry, alpha=None).alpha == alpha, "null is the default, not none"
     assert hparams_of("memit", SMOL, "another/model", {}).model_name == "another/model"
 
 
@@ -142,6 +149,45 @@ def test_settings_come_back_from_a_manifest(hparams: Path) -> None:
     assert told.checkpoints == (4, 8, 12) and told.data == Path("facts.json").resolve()
     assert told.for_entry("memit+sphere").settings == {"memit": {"v_lr": 1.0}}
     assert told.for_entry("rect").settings == {} and told.for_entry("rect").entries == ("rect",)
+
+
+def test_numbers_of_the_yamls_own_block_stay(tmp_path: Path) -> None:
+    told = yaml.safe_load(SMOL.read_text()) | {"rect": {"keep": 0.3}}
+    path = write_yaml(tmp_path / "hparams" / "SPHERE" / "kept.yaml", told)
+    assert hparams_of("rect", path, None, {}).rect == RectConfig(keep=0.3)
+    assert hparams_of("rect+sphere", path, None, {"rect": {"keep": 0.2}}).rect == RectConfig(keep=0.2)
+    assert hparams_of("memit", path, None, {}).rect is None, "the entry's name decides"
+
+
+def test_statistics_of_layers_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_yaml(tmp_path / "counted.yaml", yaml.safe_load(SMOL.read_text()) | {"mom2_dataset": "stats/{}.npz"})
+    told = absolute(hparams_of("memit", path, None, {}))
+    assert told.mom2_dataset == str(tmp_path / "stats" / "{}.npz")
+    (tmp_path / "stats").mkdir()
+    for layer in told.layers:
+        (tmp_path / "stats" / f"{layer}.npz").write_bytes(b"%d" % layer)
+    before = manifest._corpus(told.mom2_dataset, told.layers)
+    (tmp_path / "stats" / f"{told.layers[-1]}.npz").write_bytes(b"other")
+    assert before is not None and manifest._corpus(told.mom2_dataset, told.layers) != before
+    assert manifest._corpus(told.mom2_dataset, [*told.layers, 99]) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "flags", "said"),
+    [
+        ({"settings": 5}, ("--set", "v_lr=0.5"), "settings: got 5"),
+        ({"settings": ["a"]}, ("--set", "v_lr=0.5"), r"settings: got \['a'\]"),
+        ({"settings": {"memit": 5}}, ("--set", "v_lr=0.5"), r"settings\.memit: got 5"),
+        ({"hparams": 5}, ("--model", "x/y"), "hparams: got 5"),
+        ({"hparams": ["a"]}, ("--model", "x/y"), r"hparams: got \['a'\]"),
+    ],
+)
+def test_keys_of_another_kind_are_refused_beside_flags_too(
+    told: dict, flags: tuple, said: str, hparams: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        given(write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit") | told), *flags)
 
 
 def test_entries_are_named_in_one_way() -> None:

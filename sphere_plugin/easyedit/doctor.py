@@ -26,7 +26,7 @@ from sphere_plugin.easyedit.loader import torch_device
 from sphere_plugin.easyedit.methods import METHODS, OWN, Method
 from sphere_plugin.easyedit.reading import content_of, load_any
 from sphere_plugin.easyedit.registration import register, unregister
-from sphere_plugin.easyedit.targets import find_weights
+from sphere_plugin.easyedit.targets import filled, find_weights, layers_of, templates_of
 from sphere_plugin.editing.budget import Batch
 from sphere_plugin.editing.needs import Where, shape_of, told
 from sphere_plugin.errors import HostError, ModelError, SphereError
@@ -147,6 +147,9 @@ def _settings(path: Path, host: Host) -> Iterator[Finding]:
         return
     yield from _modules(model, hparams)
     weights = {name: weight for name, weight in _touched(model, hparams, what).items() if weight.dim() == 2}
+    if not weights:
+        yield Finding("weights", "none of those the settings name is a matrix", "missing")
+        return
     yield Finding("weights", f"{len(weights)} may be changed: {', '.join(_ends(list(weights)))}")
     sphere = asked.sphere if asked is not None else hparams.sphere() if name in OWN else None
     packed = quantised_by(model.config)
@@ -193,8 +196,9 @@ def _modules(model: nn.Module, hparams: Any) -> Iterator[Finding]:
     for key, value in sorted(vars(hparams).items()):
         if not (key.endswith(("_module_tmp", "_module", "_module_tmps")) and value):
             continue
-        for template in [value] if isinstance(value, str) else value:
-            path = template.format(next(iter(getattr(hparams, "layers", [0])), 0)).removesuffix(".weight")
+        first = next(iter(layers_of(hparams)), 0) if hasattr(hparams, "layers") else 0
+        for template in templates_of(key, value):
+            path = filled(key, template, first).removesuffix(".weight")
             if path not in known:
                 near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
                 yield Finding(key, f"{path} is not in the model; the nearest is {near}", "missing")
@@ -203,13 +207,15 @@ def _modules(model: nn.Module, hparams: Any) -> Iterator[Finding]:
 def _touched(model: nn.Module, hparams: Any, what: Method) -> dict[str, nn.Parameter]:
     if what.writes != "adapter":
         return find_weights(model, hparams, what if what.names else METHODS["MEMIT"])
-    targets, layers = hparams.target_modules, getattr(hparams, "layers", [])
-    ends = tuple(f".{one}" for one in ([targets] if isinstance(targets, str) else targets))
+    targets, layers = hparams.target_modules, layers_of(hparams) if getattr(hparams, "layers", None) else []
+    ends = tuple(f".{one}" for one in templates_of("target_modules", targets))
     chosen = {}
     for name, module in model.named_modules():
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
-        if name.endswith(ends) and (not layers or any(number in layers for number in numbers)):
-            chosen[f"{name}.weight"] = module.weight
+        weight = getattr(module, "weight", None)
+        meant = name.endswith(ends) and (not layers or any(number in layers for number in numbers))
+        if meant and isinstance(weight, nn.Parameter):
+            chosen[f"{name}.weight"] = weight
     if not chosen:
         remedy = "Write the last part of module names, as model.named_modules() has them."
         raise ModelError("target_modules", targets, "modules of the model", remedy)

@@ -119,7 +119,7 @@ class EditorJournal:
             ConfigError: there are not so many.
         """
         edits = self.edits
-        if not 1 <= n <= len(edits):
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(edits):
             expected = f"a number from 1 to {len(edits)}" if edits else "an edit that is in the weights"
             remedy = "Edits that EasyEdit took back itself do not count; sequential_edit=True lets them stand."
             raise ConfigError("the number of edits to take back", n, expected, remedy)
@@ -147,7 +147,9 @@ class EditorJournal:
         now = self.store.fingerprint_of(live)
         for number in range(len(self.store), -1, -1):
             if now == self.store.fingerprint(number):
-                self.store.truncate(number, keep=False)
+                if number < len(self.store):
+                    self.store.truncate(number, keep=False)
+                    self._remind(number)
                 return
         self.store.append({"edits": self._count(), "facts": [], "seconds": 0.0, "outside": True}, live)
 
@@ -164,14 +166,20 @@ class EditorJournal:
         if new:
             remedy = "End the block and open another: the settings name other layers than when it was opened."
             raise ModelError("the weights to be edited", new[0], "those the journal has", remedy)
-        live, started = self._live(), time.perf_counter()
-        with all_or_nothing(live):
-            strays = unrestrained_writes(self._model, live)
-            result = self.method(*args, **kwargs)
-            self._check_same(result[0], f"the model that {self._editor.alg_name} edited")
-            if not isinstance(self.method, Session):
-                strays.warn(self._editor.alg_name)
-            self._record(_requests(args, kwargs), time.perf_counter() - started)
+        live, started, edited = self._live(), time.perf_counter(), False
+        try:
+            with all_or_nothing(live):
+                strays = unrestrained_writes(self._model, live)
+                result = self.method(*args, **kwargs)
+                edited = True
+                self._check_same(result[0], f"the model that {self._editor.alg_name} edited")
+                if not isinstance(self.method, Session):
+                    strays.warn(self._editor.alg_name)
+                self._record(_requests(args, kwargs), time.perf_counter() - started)
+        except BaseException:
+            if edited:  # and undone, as it could not be recorded
+                self._remind(len(self.store))
+            raise
         return result
 
     def _record(self, requests: Sequence[Mapping[str, Any]], seconds: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sphere_plugin.easyedit.methods import Method
-from sphere_plugin.errors import ModelError
+from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.geometry.neurons import is_transposed
 from sphere_plugin.models.quantised import check_plain
 
@@ -60,9 +60,46 @@ def _named(model: nn.Module, hparams: Any, key: str | None) -> Iterator[str]:
         wanted = {one.removesuffix(".weight") for one in given}
         yield from (name for name, _ in model.named_parameters() if name.removesuffix(".weight") in wanted)
         return
-    templates = [given] if isinstance(given, str) else list(given)
-    parts = {template.format(layer) for template in templates for layer in hparams.layers}
+    layers = layers_of(hparams)
+    parts = {filled(str(key), template, layer) for template in templates_of(str(key), given) for layer in layers}
     yield from (name for name, _ in model.named_parameters() if any(part in name for part in parts))
+
+
+def templates_of(key: str, given: object) -> list[str]:
+    """A name of a module, or a list of such names.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    templates = [given] if isinstance(given, str) else given
+    if not isinstance(templates, list | tuple) or not all(isinstance(one, str) for one in templates):
+        raise ConfigError(key, given, "a name of a module, or a list of them", "Check the YAML.")
+    return list(templates)
+
+
+def filled(key: str, template: str, layer: int) -> str:
+    """A name of a module, with the layer's number in place of its {}.
+
+    Raises:
+        ConfigError: it has other braces.
+    """
+    try:
+        return template.format(layer)
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
+        remedy = 'Write it as in "model.layers.{}.mlp.down_proj".'
+        raise ConfigError(key, template, "a name with {} for the layer's number", remedy) from error
+
+
+def layers_of(hparams: Any) -> list[int]:
+    """The numbers of the layers.
+
+    Raises:
+        ConfigError: they are no list of numbers.
+    """
+    layers = getattr(hparams, "layers", None)
+    if not isinstance(layers, list | tuple) or not all(isinstance(one, int) for one in layers):
+        raise ConfigError("layers", layers, "a list of layer numbers", "Write layers: [4, 5, 6, 7, 8].")
+    return list(layers)
 
 
 def _feed_forward_outputs(model: nn.Module) -> Iterator[str]:

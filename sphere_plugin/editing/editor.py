@@ -35,6 +35,7 @@ from sphere_plugin.editing.shared import Reader, ReadTogether, aimed_together
 from sphere_plugin.editing.solvers import Solvers
 from sphere_plugin.editing.statistics import key_moments
 from sphere_plugin.editing.write import rounded_sum
+from sphere_plugin.errors import RequestError
 from sphere_plugin.geometry import Factors, neurons, stored
 from sphere_plugin.journaling import Snapshot, all_or_nothing
 from sphere_plugin.parallel.ranks import ALONE, Ranks
@@ -166,13 +167,14 @@ class Editor:
             aimed: their targets, where they are known; None finds them for the weights as they are now.
 
         Raises:
-            RequestError: a request cannot be edited; raised before anything is computed but the prefixes.
+            RequestError: a request cannot be edited; raised before anything is computed but the prefixes. ``aimed`` is
+                of other facts.
             ModelError: a weight, a loss or an update is not finite. The weights are then as they were before the call.
         """
         facts = self._facts(requests)
         self.prepare()
         self._remember()
-        aimed = self._aim(facts) if aimed is None else aimed
+        aimed = self._aim(facts) if aimed is None else self._checked(aimed, len(facts))
         with self._quiet(), all_or_nothing(self.anatomy.weights) as before, self._masters.batch():
             reader = ReadTogether(self._ranks, list(self.anatomy.rewrites), facts, self._reader)
             reports = self._write(reader, aimed.values.T, before)
@@ -184,6 +186,15 @@ class Editor:
             if self._ranks.is_main:
                 self._log(reports, len(facts), before)
         return EditReport(len(facts), tuple(reports), aimed, keys)
+
+    def _checked(self, aimed: Aimed, facts: int) -> Aimed:
+        """Targets that were found before, of as many facts."""
+        wanted = facts, self.anatomy.rewrites[self.config.layers[-1]].weight.shape[0]
+        if tuple(aimed.values.shape) != wanted:
+            remedy = "Give what `aim` returned for these requests."
+            raise RequestError("aimed", tuple(aimed.values.shape), f"targets of shape {wanted}", remedy)
+        check_losses(aimed)
+        return aimed
 
     @property
     def masters(self) -> dict[str, Tensor]:

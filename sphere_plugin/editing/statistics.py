@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -115,10 +116,19 @@ def read_counted(path: Path, width: int) -> Tensor:
     remedy = "Put {} for the layer number into the name, and name the statistics of this very model."
     try:
         with np.load(path, allow_pickle=False) as content:
-            total, count = content["mom2.mom2"], int(content["mom2.count"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            moment, count = torch.from_numpy(content["mom2.mom2"]).double(), int(content["mom2.count"])
+    except (
+        OSError,
+        EOFError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise ConfigError("mom2_dataset", str(path), f"{expected} ({error})", remedy) from error
-    moment = torch.from_numpy(total).double() / max(count, 1)
+    moment /= max(count, 1)
     if moment.shape != (width, width) or not bool(torch.isfinite(moment).all()) or count < 1:
         got = f"{path}: {tuple(moment.shape)} over {count} tokens"
         raise ConfigError("mom2_dataset", got, expected, remedy)

@@ -9,8 +9,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sphere_plugin.errors import ConfigError
+from sphere_plugin.errors import ConfigError, ModelError
 from sphere_plugin.geometry import Factors
+from sphere_plugin.geometry.checks import all_finite
 
 # Where no rank is asked for: as many as it takes to lose less than this share of an update's norm.
 TOLERANCE: Final = 0.01
@@ -41,6 +42,7 @@ def cut(updates: Iterable[tuple[str, Tensor]], rank: int | None = None) -> LowRa
 
     Raises:
         ConfigError: a matrix is too small to have that rank.
+        ModelError: an update is not finite.
     """
     factors: dict[str, Factors] = {}
     errors: dict[str, float] = {}
@@ -49,6 +51,9 @@ def cut(updates: Iterable[tuple[str, Tensor]], rank: int | None = None) -> LowRa
         if rank is not None and not 1 <= rank <= most:
             remedy = f"{name} has a rank of {most} at most."
             raise ConfigError("rank", rank, f"a whole number from 1 to {most}", remedy)
+        if not all_finite(update):
+            remedy = 'An adapter cannot hold it: export after fewer edits, or format="delta".'
+            raise ModelError(f"the update of {name}", "NaN or infinite entries", "finite entries", remedy)
         delta = update.double()
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
         size, kept = float(values.norm()), rank or _needed(values)

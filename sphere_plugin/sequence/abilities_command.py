@@ -132,8 +132,10 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError("--device", name, "cpu, cuda or cuda:1", "Leave it out for the CPU.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device", name, "a GPU that torch can use", "Leave it out for the CPU.")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError("--device", name, "a device that torch can use", "Leave it out for the CPU.") from error
     return device
 
 

@@ -23,11 +23,11 @@ from sphere_plugin.parallel.environment import log_name
 from sphere_plugin.parallel.joining import joined
 from sphere_plugin.parallel.ranks import Ranks
 from sphere_plugin.parsing import yaml_of
-from sphere_plugin.paths import user_path
+from sphere_plugin.paths import absolute_path, is_file, user_path
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.compare import Ended, compare, refuse_used
 from sphere_plugin.sequence.crew import Crew
-from sphere_plugin.sequence.entries import label, parse
+from sphere_plugin.sequence.entries import check_shape, label, parse
 from sphere_plugin.sequence.manifest import COMPARISON, read_manifest
 from sphere_plugin.sequence.plan import needs_of, plan
 from sphere_plugin.sequence.presets import preset
@@ -146,7 +146,7 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
     if arguments.hparams is not None:
         content["hparams"] = arguments.hparams
     if arguments.model is not None:
-        content |= _model(arguments.model, Path(content.get("hparams") or HPARAMS))
+        content |= _model(arguments.model, absolute_path("hparams", content.get("hparams") or HPARAMS))
     content.setdefault("hparams", HPARAMS)
     content["settings"] = _with(content.get("settings") or {}, arguments.set)
     return RunSettings.from_mapping(content)
@@ -154,14 +154,15 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
 
 def _model(name: str, hparams: Path) -> dict[str, Any]:
     """A model by the name of its YAML, which lies beside ``hparams``, or any other model with the same settings."""
-    beside = user_path(hparams).parent / f"{name}.yaml"
-    return {"hparams": beside, "model": None} if name == Path(name).name and beside.exists() else {"model": name}
+    beside = hparams.parent / f"{name}.yaml"
+    return {"hparams": beside, "model": None} if name == Path(name).name and is_file(beside) else {"model": name}
 
 
 def _with(settings: Mapping[str, Mapping[str, Any]], given: list[str]) -> Mapping[str, Mapping[str, Any]]:
     """The settings, with those of ``--set``: "KEY=VALUE" for all entries, "ENTRY.KEY=VALUE" for one."""
     if not given:
         return settings
+    check_shape(settings)
     found = {entry: dict(values) for entry, values in settings.items()}
     for one in given:
         key, equals, value = one.partition("=")

@@ -199,10 +199,10 @@ def _find_targets(settings: RunSettings, folder: Path, guarded: bool) -> Ended: 
 
 def _work(settings: RunSettings, folder: Path, guarded: bool, ranks: Ranks = ALONE) -> Ended:
     entry, begun = settings.entries[0], (folder / NAME).exists()
-    stopped = _stopped(folder) if begun and guarded else None
-    if stopped is not None:
-        return Ended(entry, _done(settings, folder), stopped=stopped)
     try:
+        stopped = _stopped(folder) if begun and guarded else None
+        if stopped is not None:
+            return Ended(entry, _done(settings, folder), stopped=stopped)
         with logged(folder):
             outcome = resume(folder, None, guarded, ranks) if begun else start(settings, folder, None, ranks)
     except RanksError:  # there are no processes for another entry

@@ -18,6 +18,7 @@ from sphere_plugin.easyedit.hparams import PruneHyperParams, RectHyperParams, Sp
 from sphere_plugin.easyedit.reading import load_any
 from sphere_plugin.easyedit.registration import register
 from sphere_plugin.editing.config import ALPHA_OF
+from sphere_plugin.editing.corpus import COUNTED
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.files import write_bytes
 from sphere_plugin.parsing import yaml_of
@@ -104,8 +105,11 @@ def _own(base: str, variant: str | None, given: SphereHyperParams, changes: dict
     for key in ("alg_name", "rect", "prune", *(("projection",) if base in kinds else ())):
         del values[key]
     values |= {"base_method": method, "alpha": strength}
+    if base in kinds and getattr(given, base) is not None:
+        values[base] = getattr(given, base)
     values |= _known(changes, kind)
-    values["alpha"] = values["alpha"] if variant else 0.0
+    strength = values["alpha"] if values["alpha"] is not None else dict(ALPHA_OF)[method]
+    values["alpha"] = strength if variant else 0.0
     values["control"] = variant if variant in ("shrunk", "random") else None
     return kind(**values)
 
@@ -173,11 +177,17 @@ def settings_of(name: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 def check_settings(given: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
     """Raise ConfigError for settings of an entry that does not run."""
     used = {"all", *names, *(split(name)[0] for name in names)}
+    check_shape(given)
+    for key in given:
+        if key not in used:
+            raise ConfigError("settings", key, "all, or one of the entries", f"Entries are {', '.join(names)}.")
+
+
+def check_shape(given: object) -> None:
+    """Raise ConfigError for settings that are no mapping of entries to mappings."""
     if not isinstance(given, Mapping):
         raise ConfigError("settings", given, "entries with their settings", "Write settings: {memit: {v_lr: 0.5}}.")
     for key, values in given.items():
-        if key not in used:
-            raise ConfigError("settings", key, "all, or one of the entries", f"Entries are {', '.join(names)}.")
         if not isinstance(values, Mapping):
             raise ConfigError(f"settings.{key}", values, "keys and values", f"Write {key}: {{v_lr: 0.5}}.")
 
@@ -190,6 +200,7 @@ def absolute(hparams: Any) -> Any:
     for name in ("model_name", "mom2_dataset", "stats_dir"):
         given = getattr(hparams, name, None)
         path = user_path(given or "")
-        if given and (is_file(path) or is_folder(path) or name == "stats_dir"):
+        counted = name == "mom2_dataset" and str(given).endswith(COUNTED)  # its {} stands for the layer
+        if given and (is_file(path) or is_folder(path) or counted or name == "stats_dir"):
             setattr(hparams, name, str(path.resolve()))
     return hparams

@@ -19,6 +19,7 @@ import torch
 
 from sphere_plugin._version import __version__
 from sphere_plugin.data import held_out
+from sphere_plugin.editing.corpus import COUNTED
 from sphere_plugin.errors import CacheError
 from sphere_plugin.journaling import revisit
 from sphere_plugin.journaling.disk import plain
@@ -71,7 +72,7 @@ def manifest_of(
             "order": settings.order,
         },
         "text": digest(held_out(settings.text).encode()),
-        "corpus": _corpus(given.get("mom2_dataset")),
+        "corpus": _corpus(given.get("mom2_dataset"), given.get("layers") or ()),
         "edits": settings.edits,
         "batch_size": settings.batch_size,
         "checkpoints": list(settings.checkpoints),
@@ -111,10 +112,13 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _corpus(source: object) -> str | None:
-    """SHA-256 of the file that key statistics are counted on; None where that is no file."""
-    path = user_path(str(source or ""))
-    return digest(path.read_bytes()) if source and is_file(path) else None
+def _corpus(source: object, layers: Sequence[object]) -> str | None:
+    """SHA-256 of the file that key statistics are counted on, or of those they are in; None where there is none."""
+    named = [str(source or "")]
+    if named[0].endswith(COUNTED):
+        named = [named[0].replace("{}", str(layer)) for layer in layers]
+    paths = [user_path(one) for one in named]
+    return digest(b"".join(path.read_bytes() for path in paths)) if source and all(map(is_file, paths)) else None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -152,7 +156,7 @@ def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) ->
             remedy = "Continue with what the run began with, or begin a new one."
             raise CacheError(f"{folder}: {what}", now[part][key], f"{then[part][key]}, as in the manifest", remedy)
     for key, what in (("text", "the held-out text"), ("corpus", "the text of the key statistics")):
-        if key in then and then[key] != now[key]:
+        if then.get(key) is not None and then[key] != now[key]:
             remedy = "Put it back as it was, or begin a new run."
             raise CacheError(f"{folder}: {what}", now[key], f"{then[key]}, as in the manifest", remedy)
     # A setting that the manifest's version did not know was what it is by default.
