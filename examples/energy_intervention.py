@@ -14,6 +14,7 @@ import torch
 
 from sphere_plugin.data import held_out, read_records
 from sphere_plugin.evaluation import Quality, interval
+from sphere_plugin.evaluation.abilities import Suite
 from sphere_plugin.geometry import energy_change, neurons, stored
 from sphere_plugin.geometry.perturb import along_energy, scattered, turned
 from sphere_plugin.journaling.revisit import Revisited
@@ -25,14 +26,15 @@ parser.add_argument("--at", metavar="N", type=int, help="after so many edits (de
 parser.add_argument("--sizes", default="0.05,0.1", help="‖ΔW‖ / ‖W‖, with commas between them")
 parser.add_argument("--seeds", type=int, default=2, help="of the random changes")
 parser.add_argument("--facts", type=int, default=150, help="score so many edits at most, evenly chosen")
+parser.add_argument("--abilities", metavar="DIR", type=Path, help="GSM8K and BoolQ too, 100 records each, from there")
 parser.add_argument("--json", type=Path, required=True, help="where all numbers are written")
 given = parser.parse_args()
 
 seen = Revisited(given.run)
 settings = RunSettings.from_mapping(seen.manifest["settings"])
 edits = given.at or seen.edits
-records = read_records(settings.data, settings.edits, settings.order)[:edits]
-records = records[:: -(-len(records) // given.facts)]
+records = read_records(settings.data, settings.edits, settings.order)[:edits][:: -(-edits // given.facts)]
+suite = Suite(("gsm8k_given", "boolq"), given.abilities, limit=100) if given.abilities else None
 quality = Quality(seen.model, seen.tokenizer, records, held_out(settings.text))
 seen.go(edits)
 turn, rows = seen.journal.transposed, []
@@ -45,12 +47,23 @@ def measure(kind: str, size: float, deltas: dict[str, torch.Tensor]) -> None:
     scores, row = quality.score(len(records)), {"change": kind, "size": size}
     row["energy"] = fmean(energy_change(base[name], base[name] + delta, 2.0) for name, delta in deltas.items())
     row |= {one: interval(getattr(scores, one)).mean for one in ("efficacy", "generalization", "locality")}
+    row |= {one: suite.measure(one, seen.model, seen.tokenizer).value for one in suite.names} if suite else {}
     rows.append(row | {"nll": scores.nll})
     print(*(one if isinstance(one, str) else f"{one:.5f}" for one in rows[-1].values()), sep="\t", flush=True)
     given.json.write_text(json.dumps({"edits": edits, "facts": len(records), "rows": rows}, indent=1) + "\n")
 
 
-print("change", "size", "energy", "efficacy", "generalization", "locality", "nll", sep="\t")
+print(
+    "change",
+    "size",
+    "energy",
+    "efficacy",
+    "generalization",
+    "locality",
+    *(suite.names if suite else ()),
+    "nll",
+    sep="\t",
+)
 measure("none", 0.0, {name: torch.zeros_like(weight) for name, weight in base.items()})
 for size in map(float, given.sizes.split(",")):
     moved = {way: {n: along_energy(base[n], size, rising=way == "up") for n in base} for way in ("up", "down")}
