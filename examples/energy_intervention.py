@@ -53,17 +53,7 @@ def measure(kind: str, size: float, deltas: dict[str, torch.Tensor]) -> None:
     given.json.write_text(json.dumps({"edits": edits, "facts": len(records), "rows": rows}, indent=1) + "\n")
 
 
-print(
-    "change",
-    "size",
-    "energy",
-    "efficacy",
-    "generalization",
-    "locality",
-    *(suite.names if suite else ()),
-    "nll",
-    sep="\t",
-)
+print("change", "size", "energy", "efficacy", "generalization", "locality", "abilities", "nll", sep="\t")
 measure("none", 0.0, {name: torch.zeros_like(weight) for name, weight in base.items()})
 for size in map(float, given.sizes.split(",")):
     moved = {way: {n: along_energy(base[n], size, rising=way == "up") for n in base} for way in ("up", "down")}

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmark_files import write_benchmarks
 from pico_runs import place, settings
 
 from sphere_plugin.sequence.runner import start
@@ -68,6 +69,7 @@ def test_energy_is_moved_and_the_model_asked(tmp_path) -> None:
     start(settings(place(tmp_path), "memit", checkpoints=[]), tmp_path / "run")
     told = tmp_path / "told.json"
     choices = ("--sizes", "0.05", "--seeds", "1", "--facts", "6", "--json", str(told))
+    choices += ("--abilities", str(write_benchmarks(tmp_path / "data")))
     run("examples/energy_intervention.py", str(tmp_path / "run"), *choices)
     result = json.loads(told.read_text())
     moved = {row["change"]: row["energy"] for row in result["rows"]}
@@ -76,6 +78,7 @@ def test_energy_is_moved_and_the_model_asked(tmp_path) -> None:
     assert moved["energy up"] > 0 > moved["energy down"]
     assert abs(moved["as far as up"]) < moved["energy up"]
     assert all(row[one] is not None for row in result["rows"] for one in ("efficacy", "locality", "nll"))
+    assert all(0 <= row[one] <= 1 for row in result["rows"] for one in ("gsm8k_given", "boolq"))
 
 
 def test_alpha_is_chosen_from_the_update(tmp_path) -> None:
