@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sphere_plugin.editing.aim import Aimed
+from sphere_plugin.editing.anatomy import Anatomy
 from sphere_plugin.editing.locate import Locator
 from sphere_plugin.editing.requests import Fact
 from sphere_plugin.errors import ConfigError, ModelError, RequestError
@@ -59,8 +60,15 @@ def _check_length(number: int, tokens: int, model: nn.Module, *, prefixed: bool)
         raise RequestError(f"requests[{number}].prompt", got, expected, remedy)
 
 
-def check_losses(aimed: Aimed) -> None:
-    """Raise ModelError if a loss is no number: such a search has found nothing, and writing its target does harm."""
+def check_aimed(aimed: Aimed, facts: int, anatomy: Anatomy) -> None:
+    """Raise RequestError for targets of other facts than these, ModelError if a loss is no number.
+
+    Such a search has found nothing, and writing its target does harm.
+    """
+    wanted = facts, anatomy.rewrites[max(anatomy.rewrites)].weight.shape[0]
+    if tuple(aimed.values.shape) != wanted:
+        remedy = "Give what `aim` returned for these requests."
+        raise RequestError("aimed", tuple(aimed.values.shape), f"targets of shape {wanted}", remedy)
     for number, loss in enumerate(aimed.losses.tolist()):
         if not math.isfinite(loss):
             raise ModelError(

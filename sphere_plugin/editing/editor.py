@@ -15,13 +15,7 @@ from torch import Tensor, nn
 from sphere_plugin.editing.account import EditReport, LayerReport, Touched, log_apply, warn_of_rounding
 from sphere_plugin.editing.aim import Aimed, aim
 from sphere_plugin.editing.anatomy import Anatomy, Rewrite
-from sphere_plugin.editing.checks import (
-    check_attention,
-    check_device,
-    check_losses,
-    check_prefixed,
-    check_tokens,
-)
+from sphere_plugin.editing.checks import check_aimed, check_attention, check_device, check_prefixed, check_tokens
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.contexts import Contexts
 from sphere_plugin.editing.corpus import check_source
@@ -35,7 +29,6 @@ from sphere_plugin.editing.shared import Reader, ReadTogether, aimed_together
 from sphere_plugin.editing.solvers import Solvers
 from sphere_plugin.editing.statistics import key_moments
 from sphere_plugin.editing.write import rounded_sum
-from sphere_plugin.errors import RequestError
 from sphere_plugin.geometry import Factors, neurons, stored
 from sphere_plugin.journaling import Snapshot, all_or_nothing
 from sphere_plugin.parallel.ranks import ALONE, Ranks
@@ -157,7 +150,9 @@ class Editor:
         """
         facts = self._facts(requests)
         self.prepare()
-        return self._aim(facts)
+        aimed = self._aim(facts)
+        check_aimed(aimed, len(facts), self.anatomy)
+        return aimed
 
     def apply(self, requests: Sequence[Mapping[str, Any]], aimed: Aimed | None = None) -> EditReport:
         """Write a batch of facts into the model, all or none.
@@ -174,7 +169,8 @@ class Editor:
         facts = self._facts(requests)
         self.prepare()
         self._remember()
-        aimed = self._aim(facts) if aimed is None else self._checked(aimed, len(facts))
+        aimed = self._aim(facts) if aimed is None else aimed
+        check_aimed(aimed, len(facts), self.anatomy)  # those that were given too
         with self._quiet(), all_or_nothing(self.anatomy.weights) as before, self._masters.batch():
             reader = ReadTogether(self._ranks, list(self.anatomy.rewrites), facts, self._reader)
             reports = self._write(reader, aimed.values.T, before)
@@ -186,15 +182,6 @@ class Editor:
             if self._ranks.is_main:
                 self._log(reports, len(facts), before)
         return EditReport(len(facts), tuple(reports), aimed, keys)
-
-    def _checked(self, aimed: Aimed, facts: int) -> Aimed:
-        """Targets that were found before, of as many facts."""
-        wanted = facts, self.anatomy.rewrites[self.config.layers[-1]].weight.shape[0]
-        if tuple(aimed.values.shape) != wanted:
-            remedy = "Give what `aim` returned for these requests."
-            raise RequestError("aimed", tuple(aimed.values.shape), f"targets of shape {wanted}", remedy)
-        check_losses(aimed)
-        return aimed
 
     @property
     def masters(self) -> dict[str, Tensor]:
@@ -326,13 +313,11 @@ class Editor:
     def _aim(self, facts: Sequence[Fact]) -> Aimed:
         anatomy, locator, prefixes, config = self.anatomy, self.locator, self.contexts.prefixes, self.config
         with self._quiet():
-            aimed = aimed_together(
+            return aimed_together(
                 self._ranks,
                 facts,
                 lambda mine: aim(anatomy, locator, mine, prefixes, config, self._aiming(mine)),
             )
-        check_losses(aimed)
-        return aimed
 
     def _aiming(self, facts: Sequence[Fact]) -> Callable[[int], None] | None:
         progress = self._progress

@@ -9,23 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sphere_plugin.editing.anatomy import Anatomy, Rewrite
 from sphere_plugin.editing.config import EditingConfig
 from sphere_plugin.editing.corpus import COUNTED, GENERATED, check_source, read_corpus
+from sphere_plugin.editing.counted import read_counted
 from sphere_plugin.editing.unfinished import Unfinished
-from sphere_plugin.errors import CacheError, ConfigError, ModelError
+from sphere_plugin.errors import CacheError, ModelError
 from sphere_plugin.files import cache_folder, check_writable, fingerprint, read_tensors, write_tensors
 from sphere_plugin.models.forward import Enough, longest_text, pad_right, trunk
 from sphere_plugin.models.memory import cut, work_through
@@ -104,35 +102,6 @@ def key_moments(
 def _device(rewrite: Rewrite, config: EditingConfig) -> torch.device:
     """Where the statistics of a layer are to be."""
     return rewrite.parameter.device if config.stats_device is None else torch.device(config.stats_device)
-
-
-def read_counted(path: Path, width: int) -> Tensor:
-    """E[kkᵀ] [width, width] float32 of one layer, from a file of EasyEdit's or ROME's ``layer_stats``.
-
-    Raises:
-        ConfigError: no such file, or not one of these statistics of a key of ``width`` dimensions.
-    """
-    expected = f"a file of EasyEdit's layer_stats over keys of {width} dimensions"
-    remedy = "Put {} for the layer number into the name, and name the statistics of this very model."
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            moment, count = torch.from_numpy(content["mom2.mom2"]).double(), int(content["mom2.count"])
-    except (
-        OSError,
-        EOFError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise ConfigError("mom2_dataset", str(path), f"{expected} ({error})", remedy) from error
-    moment /= max(count, 1)
-    if moment.shape != (width, width) or not bool(torch.isfinite(moment).all()) or count < 1:
-        got = f"{path}: {tuple(moment.shape)} over {count} tokens"
-        raise ConfigError("mom2_dataset", got, expected, remedy)
-    return moment.float()
 
 
 def _path(anatomy: Anatomy, tokenizer: Any, config: EditingConfig) -> Path:
