@@ -106,6 +106,7 @@ def test_what_cannot_be_compared_is_kept_apart(tmp_path):
         ({"settings": {"fluency": 0}}, 1),  # what older manifests, without the key, mean
         ({"settings": {"fluency": 40}}, 2),
         ({"text": "0" * 64, "settings": {"text": "/here"}}, 2),  # another text
+        ({"text": "0" * 64}, 1),  # the text of that path, whose digest older manifests lack
         ({"seed": 1}, 1),
         ({"seed": 1, "sample": 10}, 2),
     ],

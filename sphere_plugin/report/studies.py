@@ -173,10 +173,10 @@ def studies_of(runs: Sequence[Run], at: int | None = None) -> tuple[Study, ...]:
         ConfigError: no run has a checkpoint after ``at`` edits.
     """
     check_moment(runs, at)
-    families = _families(runs)
+    families, texts = _families(runs), _texts(runs)
     sorted_out: dict[str, list[Run]] = {}
     for run in runs:
-        sorted_out.setdefault(_setting(run), []).append(run)
+        sorted_out.setdefault(_setting(run, texts), []).append(run)
     return tuple(study_of(number, _entries(group, families), at) for number, group in enumerate(sorted_out.values()))
 
 
@@ -273,8 +273,21 @@ def _is_control(part: str) -> bool:
     return part in CONTROLS
 
 
-def _setting(run: Run) -> str:
-    """What must be equal for two runs to be compared, as text."""
+def _texts(runs: Iterable[Run]) -> dict[str, str]:
+    """Path of a held-out text -> its digest, by the first manifest that has one: older ones have the path only."""
+    found: dict[str, str] = {}
+    for run in runs:
+        if run.manifest.get("text"):
+            found.setdefault(_text_path(run), str(run.manifest["text"]))
+    return found
+
+
+def _text_path(run: Run) -> str:
+    return str((run.manifest.get("settings") or {}).get("text"))
+
+
+def _setting(run: Run, texts: Mapping[str, str]) -> str:
+    """What must be equal for two runs to be compared, as text; ``texts`` as `_texts` returns them."""
     manifest: Mapping[str, Any] = run.manifest
     model, data = manifest.get("model") or {}, manifest.get("data") or {}
     parts = (
@@ -283,7 +296,7 @@ def _setting(run: Run) -> str:
         [manifest.get(key) for key in ("edits", "batch_size", "sample", "preset")],
         manifest.get("seed") if manifest.get("sample") else None,  # it draws the sample
         (manifest.get("settings") or {}).get("neighbours"),
-        manifest.get("text") or (manifest.get("settings") or {}).get("text"),  # its digest, in older runs its path
+        manifest.get("text") or texts.get(_text_path(run), _text_path(run)),
         (manifest.get("settings") or {}).get("fluency") or 0,
         sorted(run.protocol.items()),
     )
