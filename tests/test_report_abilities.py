@@ -100,6 +100,16 @@ def test_tests_are_on_the_same_records(pair) -> None:
     assert rows["MEMIT + SPHERE", "MEMIT", "RTE"][5].value == 50.0
 
 
+def test_tests_are_at_the_moment_of_the_table(pair) -> None:
+    for entry, after in (("memit", (0, 0, 0, 0)), ("memit+sphere", (1, 0, 0, 0))):
+        write_json(pair / entry / "checkpoints" / "000040.json", checkpoint(40, {"efficacy_exact": [1.0, 0.0]}))
+        put(pair / entry, 40, rte=kept(*after))
+    for at, moment in ((None, "40"), (20, "20"), (40, "40")):
+        (study,) = studies_of(read_runs([pair]), at)
+        _, *rows = csv.reader(io.StringIO(abilities.tests(study, abilities.gather(study)).csv()))
+        assert {row[3] for row in rows} == {moment}
+
+
 def test_several_orders_are_averaged(tmp_path) -> None:
     for order, records in ((1, (1, 0)), (2, (1, 1))):
         folder = write_run(tmp_path / str(order) / "memit", manifest("memit", order=order))

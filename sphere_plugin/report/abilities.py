@@ -176,16 +176,22 @@ def grid(study: Study, measured: Measured) -> Grid:
     )
 
 
+def _until(study: Study, task: Task, entry: Entry) -> Mapping[int, Score]:
+    """An entry's scores up to the moment of the table."""
+    scores = task.scores.get(entry.slot, {})
+    return {edits: one for edits, one in scores.items() if study.moment is None or edits <= study.moment}
+
+
 def tests(study: Study, measured: Measured) -> Grid:
     """Returns paired tests, record by record: entries against the unedited model, and with SPHERE against without."""
     rows = []
     for task in (one for one in measured.tasks if one.metric != PERPLEXITY):
         for entry in study.entries:
-            own = task.scores.get(entry.slot, {})
+            own = _until(study, task, entry)
             if 0 in own and len(own) > 1:
                 rows.append((entry, "Unedited", task, max(own), _differences(own[max(own)], own[0])))
         for base, entry in study.pairs():
-            own, other = (task.scores.get(one.slot, {}) for one in (entry, base))
+            own, other = (_until(study, task, one) for one in (entry, base))
             common = max((own.keys() & other.keys()) - {0}, default=None)
             if common is not None:
                 rows.append((entry, base.label, task, common, _differences(own[common], other[common])))
@@ -193,7 +199,8 @@ def tests(study: Study, measured: Measured) -> Grid:
     lines = [Line(row[0], _tested(*row, p, corrected)) for row, p, corrected in zip(rows, ps, holm(ps), strict=True)]
     heads = ("Entry", "Against", "Task", "Edits", "Records", "Difference (%)", "95 % from", "95 % to", "Up / down")
     note = (
-        f"Difference on the same records, entry minus the other, at the last moment that both have. p: {TEST}; "
+        "Difference on the same records, entry minus the other, at the last moment that both have up to that of the "
+        f"comparison. p: {TEST}; "
         "corrected by Holm's method for all tests here. "
         f"Interval: percentile bootstrap over records, {RESAMPLES} samples."
     )
