@@ -221,11 +221,17 @@ def test_master_copies_go_back_with_the_edits(
     assert "master copies" not in caplog.text
 
 
-def test_master_copies_stay_where_easyedit_takes_an_edit_back(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def editor_and_expected(bench: Bench) -> tuple[Any, Any]:
+    """An editor with master copies, and what it has to be after the first and the third fact."""
     settings = {"base_method": "MEMIT", "bf16": True, "master_copy": True}
     editor, other = (sphere_editor(bench, "llama", **settings) for _ in range(2))
     for fact in (FACTS[0], FACTS[2]):
         bench.edit(other, [fact])
+    return editor, other
+
+
+def test_master_copies_stay_where_easyedit_takes_an_edit_back(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    editor, other = editor_and_expected(bench)
     with sp.journal(editor) as j:
         bench.edit(editor, [FACTS[0]])
         kept = {name: copy.clone() for name, copy in j.method.editor.masters.items()}
@@ -238,10 +244,7 @@ def test_master_copies_stay_where_easyedit_takes_an_edit_back(bench: Bench, capl
 
 
 def test_an_edit_that_cannot_be_recorded_is_forgotten(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"base_method": "MEMIT", "bf16": True, "master_copy": True}
-    editor, other = (sphere_editor(bench, "llama", **settings) for _ in range(2))
-    for fact in (FACTS[0], FACTS[2]):
-        bench.edit(other, [fact])
+    editor, other = editor_and_expected(bench)
     with sp.journal(editor) as j:
         bench.edit(editor, [FACTS[0]])
         with monkeypatch.context() as full:
