@@ -48,6 +48,7 @@ def driver(tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = selenium.Chrome(options=options, service=selenium.ChromeService(DRIVER))
+    browser.get("about:blank")  # leave the browser's own first page
     yield browser
     browser.quit()
 
@@ -72,6 +73,13 @@ def show(driver, out):
     return opened
 
 
+def requests(log):
+    """The addresses asked for; the log is the whole browser's, whose own first page can still be loading."""
+    messages = [json.loads(entry["message"])["message"] for entry in log]
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome://")]
+
+
 @pytest.mark.parametrize(("scheme", "width"), SCREENS)
 def test_the_page_renders_without_error_request_or_overflow(show, scheme, width):
     page = show(scheme, width)
@@ -80,11 +88,34 @@ def test_the_page_renders_without_error_request_or_overflow(show, scheme, width)
     assert max(page.execute_script(widths)[:2]) <= width
     assert page.execute_script(widths)[2] == width
     assert page.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    asked = requests(page.get_log("performance"))
     assert asked, "the log of requests is empty; it would not show a forbidden one either"
     assert [url for url in asked if not url.startswith(("file://", "data:"))] == []
     assert len([url for url in asked if url.startswith("file://")]) == 1
+
+
+def test_requests_of_a_page_are_seen_and_those_of_the_browsers_own_first_page_are_not_the_pages(show, tmp_path):
+    there = tmp_path / "asks.html"
+    there.write_text(
+        '<img src="https://127.0.0.1:1/a.png"><script>fetch("https://127.0.0.1:1/b").catch(() => 0)</script>'
+    )
+    found = set(requests(show(page=there).get_log("performance")))
+    assert {"https://127.0.0.1:1/a.png", "https://127.0.0.1:1/b"} <= found
+    events = [("chrome://new-tab-page/", "chrome://resources/images/add.svg"), (there.as_uri(), "chrome://version")]
+    log = [
+        {
+            "message": json.dumps(
+                {
+                    "message": {
+                        "method": "Network.requestWillBeSent",
+                        "params": {"documentURL": document, "request": {"url": url}},
+                    }
+                }
+            )
+        }
+        for document, url in events
+    ]
+    assert requests(log) == ["chrome://version"]
 
 
 def channels(colour):
