@@ -133,9 +133,30 @@ def test_restored_weights_are_their_own_masters(caplog: pytest.LogCaptureFixture
     assert "master copies" not in warnings(caplog)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_an_edit_that_is_only_tried_leaves_the_copies_of_those_that_stand(
+    kept: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """EasyEdit puts the weights back after an edit with sequential_edit=False; it tells nobody."""
+    editor, other = make(), make()
+    for one in (editor, other):
+        for batch in BATCHES[:kept]:
+            one.apply(batch)
+    before = Snapshot.take(editor.anatomy.weights)
+    for tried in BATCHES[2:4]:
+        editor.apply(tried)
+        before.restore(editor.anatomy.weights)
+    assert all(torch.equal(one, editor.masters[name]) for name, one in other.masters.items())
+    for one in (editor, other):
+        one.apply(BATCHES[3])
+    assert all(torch.equal(one, editor.masters[name]) for name, one in other.masters.items())
+    assert "master copies" not in warnings(caplog)
+
+
 def test_after_somebody_elses_write_a_copy_starts_anew_and_that_is_told(caplog: pytest.LogCaptureFixture) -> None:
     editor = make()
     editor.apply(BATCHES[0])
+    editor.apply(BATCHES[1])
     first, second = editor.anatomy.rewrites.values()
     kept = editor.masters[second.name]
     with torch.no_grad():

@@ -129,6 +129,7 @@ class Budget:
         yield "copies for undo", ("weights", self._all * self.element)
         if self.mastered:
             yield "master copies", ("weights", 4 * self._all)
+            yield "master copies before the last batch", ("host", 4 * self._all)
         yield "spaces that are followed", ("weights", len(self.config.layers) * self.followed())
         # The journal's copy of the weights as they are, and the monitor's of those before any edit.
         yield "copies of a run", ("host", self._all * (self._state + self.element))

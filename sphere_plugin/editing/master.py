@@ -6,8 +6,8 @@ A weight of bfloat16 has 8 significant bits, so W + ΔW drops whatever of ΔW is
 after batch. M keeps it, and brings it into W once enough has come together. |W − M| never exceeds half a step of W.
 
 A copy belongs to the weight as long as the weight is its rounding. Weights that were put back to what they were before
-any edit have themselves as masters. Weights in any other state are somebody else's work: their masters then start anew
-from them, and a warning says so.
+the last batch have the copies of then, and those put back to what they were before any edit themselves. Weights in any
+other state are somebody else's work: their masters then start anew from them, and a warning says so.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Masters:
         self._weights = {name: weight for name, weight in weights.items() if weight.element_size() < 4}
         self._pretrained = pretrained
         self._kept: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # the last batch, for whoever undoes it; in the memory of the process
         self._new: dict[str, Tensor] = {}
 
     def copies(self) -> dict[str, Tensor]:
@@ -45,6 +46,7 @@ class Masters:
         """Go on from what `copies` returned in another editor whose weights were as these are now."""
         here = {name: weight.device for name, weight in self._weights.items() if name in copies}
         self._kept = {name: copies[name].to(device, copy=True) for name, device in here.items()}
+        self._before = {}
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -53,6 +55,7 @@ class Masters:
         self._new = {}
         try:
             yield
+            self._before = {name: copy.cpu() for name, copy in self._kept.items()}
             self._kept |= self._new
         finally:
             self._new = {}
@@ -66,6 +69,25 @@ class Masters:
         self._new[name] = copy
 
     def _settle(self) -> None:
+        """Have the copies of the weights as they are: all of one moment, if there is one."""
+        if self._rounded(self._kept):
+            return
+        if self._rounded(self._before):
+            self._kept = {name: copy.to(self._weights[name].device) for name, copy in self._before.items()}
+        elif all(torch.equal(self._pretrained[name], weight) for name, weight in self._weights.items()):
+            self._kept = {name: weight.detach().float() for name, weight in self._weights.items()}
+        else:
+            self._begin_anew()
+        self._before = {}
+
+    def _rounded(self, copies: Mapping[str, Tensor]) -> bool:
+        """Whether every weight is the rounding of its copy."""
+        return all(
+            name in copies and torch.equal(copies[name].to(weight.device, weight.dtype), weight)
+            for name, weight in self._weights.items()
+        )
+
+    def _begin_anew(self) -> None:
         strange = []
         for name, weight in self._weights.items():
             known = self._kept.get(name)
@@ -76,7 +98,7 @@ class Masters:
             self._kept[name] = weight.detach().float()
         if strange:
             _LOG.warning(
-                "%s: not as the last batch left them, nor as they were before any edit: the master copies start anew "
-                "from the weights, and what rounding took of earlier edits is lost",
+                "%s: not as the last batch left them, nor as they were before it or before any edit: the master copies "
+                "start anew from the weights, and what rounding took of earlier edits is lost",
                 ", ".join(strange),
             )
