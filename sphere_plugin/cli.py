@@ -119,13 +119,12 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 def _checkpoints(text: str | None, edits: int, batch_size: int) -> tuple[int, ...]:
     """The numbers in ``text``, or about a fifth, a half and all of the edits, between batches."""
+    from sphere_plugin.sequence.settings import whole_numbers
+
     if text is None:
         near = {batch_size * round(edits * share / max(batch_size, 1)) for share in (0.2, 0.5)}
         return (*sorted(number for number in near if 0 < number < edits), edits)
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError("--checkpoints", text, "numbers with commas between them", "Write 40,100,200.") from None
+    return whole_numbers("--checkpoints", text)
 
 
 def _diagnose(arguments: argparse.Namespace) -> int:

@@ -113,7 +113,7 @@ def project_saved_adapter(
         ConfigError, ModelError, HostError: as ``project_adapter``; ``target`` exists; ``base`` does not fit.
         CacheError: a file cannot be read, or ``target`` cannot be written.
     """
-    peft, config = _peft(), config or SphereConfig()
+    peft, config = peft_library(), config or SphereConfig()
     source, target = user_path(source), user_path(target)
     refuse_existing(target)
     settings, tensors = _saved(source)
@@ -168,7 +168,7 @@ def check_layer(title: str, layer: Any, name: str, quantised: bool = False) -> N
     """
     kind = f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}"
     weight = getattr(layer.get_base_layer(), "weight", None)
-    known = (_peft().tuners.lora.Linear,)
+    known = (peft_library().tuners.lora.Linear,)
     if quantised and kind.startswith("bnb."):
         known, weight = (type(layer),), None
         kind = "Linear"
@@ -236,7 +236,7 @@ def project_layers(
 
 
 def _checked_layers(model: PeftModel, name: str) -> dict[str, Any]:
-    if not isinstance(model, _peft().PeftModel):
+    if not isinstance(model, peft_library().PeftModel):
         remedy = "Load the adapter with PeftModel.from_pretrained, or make one with get_peft_model."
         raise ConfigError("peft_model", type(model).__name__, "a PeftModel", remedy)
     check_adapter(model.peft_config, name)
@@ -295,7 +295,7 @@ def _saved(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     remedy = "Save the adapter again, with this version of PEFT."
     tensors, _ = read_tensors(source / "adapter_model.safetensors", remedy, marked=False)
     try:
-        parsed = _peft().PeftConfig.from_pretrained(str(source))
+        parsed = peft_library().PeftConfig.from_pretrained(str(source))
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError("the adapter", str(source), f"settings and tensors that load ({error})", remedy) from error
     check_adapter({"default": parsed}, "default")
@@ -316,7 +316,7 @@ def save_lora(folder: Path, updates: Mapping[str, Factors], transposed: bool, ba
     """
     titles = {name: name.removesuffix(".weight") for name in updates}
     rank = next(iter(updates.values())).left.shape[1]
-    _peft().LoraConfig(
+    peft_library().LoraConfig(
         r=rank, lora_alpha=rank, target_modules=sorted(titles.values()), fan_in_fan_out=transposed,
         task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
     ).save_pretrained(str(folder))  # fmt: skip
@@ -338,7 +338,8 @@ def _record(report: ProjectionReport, base: str, config: SphereConfig) -> dict[s
     return {**chosen, "base": base, "removed_share": report.removed_share, "layers": layers}
 
 
-def _peft() -> Any:
+def peft_library() -> Any:
+    """The package; raises HostError unless it is installed."""
     try:
         import peft
         import peft.tuners.lora

@@ -15,7 +15,7 @@ from sphere_plugin.cli import main
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.report import table
 from sphere_plugin.sequence.demo import demo_hparams
-from sphere_plugin.sequence.run import check_schedule
+from sphere_plugin.sequence.settings import check_schedule
 
 
 @pytest.fixture
@@ -90,6 +90,8 @@ def test_a_run_that_fails_ends_the_demo_with_its_reason(settings: Path, tmp_path
         (["--batch-size", "0"], "batch_size"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--hparams", "nowhere.yaml"], "nowhere.yaml"),
+        (["--edits", "0"], "edits: got 0"),
+        (["--edits", "-5"], "edits: got -5"),
     ],
     ids=str,
 )

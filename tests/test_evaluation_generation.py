@@ -76,6 +76,18 @@ def test_texts_are_those_of_one_token_at_a_time_in_any_batch(kind: str) -> None:
     assert expected[0] != expected[3], "another seed, another text"
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_short_and_long_prompts_side_by_side_stay_within_the_positions_there_are(kind: str) -> None:
+    model, tokenizer = pico(kind)
+    long = tuple(tokenizer("The Eiffel Tower is in the city of " * 4)["input_ids"])
+    begun = [*starts(tokenizer), Start(long, 9)]
+    most = model.config.max_position_embeddings
+    texts = write(Decoder(model), begun, most)
+    assert [len(text) for text in texts] == [most] * len(begun)
+    assert len(long) > len(begun[0].ids) + 20
+    assert texts == [write(Decoder(model), [start], most)[0] for start in begun]
+
+
 def test_one_choice_is_the_first_choice_and_long_prompts_stay() -> None:
     model, tokenizer = pico("llama")
     begun = starts(tokenizer)

@@ -356,8 +356,18 @@ def test_a_kept_journal_is_for_undo_and_export(bench: Bench, tmp_path: Path) -> 
     sp.export(folder, tmp_path / "exported")
     assert same(copies(AutoModelForCausalLM.from_pretrained(tmp_path / "exported")), first)
     assert "Eiffel Tower" in (tmp_path / "exported" / "README.md").read_text()
-    with pytest.raises(ConfigError, match="expected a folder without one"), sp.journal(editor, folder):
-        pass
+    for kept in (1, 0):  # what was taken back last would be left without the weights it began with
+        sp.undo(folder, kept)
+        with pytest.raises(ConfigError, match="expected a folder without one"), sp.journal(editor, folder):
+            pass
+    assert (folder / "undone" / "2").is_dir() and len(Journal.open(folder / "journal")) == 0
+
+
+def test_a_fact_without_a_subject_has_none(bench: Bench) -> None:
+    editor = bench.editor("FT", "llama")
+    with sp.journal(editor) as j:
+        editor.edit(["The capital of France is"], ["Rome"], sequential_edit=True, verbose=False)
+        assert [fact["subject"] for fact in j.edits[0].facts] == [""]
 
 
 # ---- what is refused ----

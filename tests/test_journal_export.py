@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import sphere_plugin as sp
-from sphere_plugin import CacheError, ConfigError, ModelError
+from sphere_plugin import CacheError, ConfigError, HostError, ModelError
 from sphere_plugin.cli import main
 from sphere_plugin.files import read_json, write_json
 from sphere_plugin.geometry.neurons import neurons
+from sphere_plugin.journaling import Journal
 from sphere_plugin.journaling.batch import same_bits
 from sphere_plugin.journaling.card import LISTED
 from sphere_plugin.journaling.lowrank import cut
@@ -128,7 +130,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     sp.export(tmp_path, tmp_path / "out", model=str(tmp_path / "moved"))
 
 
-def test_what_cannot_be_exported(tmp_path: Path) -> None:
+def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Run(tmp_path)
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="The nearest are 2 and 4"):
@@ -142,6 +144,11 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
             sp.export(tmp_path, out, format="adapter", rank=rank)
     with pytest.raises(CacheError, match="Give the folder of a run"):
         sp.export(tmp_path / "model", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "weights_after", lambda *_: pytest.fail("batches were added up"))
+        patch.setitem(sys.modules, "peft", None)
+        with pytest.raises(HostError, match="the package peft: got 'not installed'"):
+            sp.export(tmp_path, out, format="adapter")
     assert not out.exists()
     out.mkdir()
     for format in ("hf", "delta", "adapter"):

@@ -1,5 +1,6 @@
 """What the figures show, against scipy and numpy on data of known shape."""
 
+import dataclasses
 import math
 from xml.etree import ElementTree
 
@@ -158,8 +159,11 @@ def test_neurons_are_those_before_and_after_the_last_batch(whole):
 
 def test_a_layer_can_be_chosen(whole):
     assert neurons.gather(whole, layer=3).weight == LAYERS[0]
+    absent, elsewhere = neurons.gather(whole, layer=7), dataclasses.replace(neurons.gather(whole), layers=(7,))
+    assert not absent.found and all("it did not edit layer 7" in why for why in absent.missing)
+    neurons.check_layer([absent, elsewhere], 7)  # another study of the report has it
     with pytest.raises(ConfigError, match=r"--layer.*3, 4"):
-        neurons.gather(whole, layer=7)
+        neurons.check_layer([absent], 7)
 
 
 def test_many_neurons_are_sampled_the_same_way_for_all(whole):

@@ -197,6 +197,8 @@ def test_wrong_moments_files_and_audits_are_refused(runs, tmp_path) -> None:
         Options(at=(0,))
     with pytest.raises(ConfigError, match="--device"):
         Options(device="nonsense")
+    with pytest.raises(ConfigError, match="--device: got 'meta', expected a device that holds values"):
+        Options(device="meta")
     with pytest.raises(ConfigError, match="--data"):
         audit(runs / "memit", data=tmp_path / "none.json")
     other = tmp_path / "other.json"

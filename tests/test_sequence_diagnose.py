@@ -144,15 +144,39 @@ def test_the_rank_of_rome_is_its_number_of_facts(whole):
     assert [diagnosis(whole / "rome", edits)["layers"][0]["vectors"] for edits in (2, 4)] == [2, 2]
 
 
+def test_rows_are_taken_as_they_are_where_the_run_took_them_so(whole, tmp_path):
+    folder = shutil.copytree(whole / "memit", tmp_path / "memit")
+    told = read_json(folder / "manifest.json")
+    told["method"]["hparams"]["row_normalize"] = False
+    write_json(folder / "manifest.json", told)
+    (found,) = Diagnosis(folder, Options(at=(4,), keys=20)).go()
+    before = Journal.open(folder / "journal").weights_after(1)
+    for layer in found["layers"]:
+        assert layer["projected"]["rank"] == PrincipalSpace.fit(before[layer["name"]].float(), 0.5, False).rank
+
+
+def test_a_journal_of_an_editor_is_no_run(whole, tmp_path):
+    folder = shutil.copytree(whole / "memit", tmp_path / "memit")
+    told = read_json(folder / "manifest.json")
+    write_json(folder / "manifest.json", {key: one for key, one in told.items() if key != "settings"})
+    with pytest.raises(ConfigError, match='memit: got "a journal of an editor\'s edits"'):
+        Diagnosis(folder, FEW)
+
+
 def test_projected_is_the_same_update_projected(whole):
     layer = diagnosis(whole / "rect", 4)["layers"][0]
     _, before, after = states(whole / "rect", 2, layer["name"])
     projected = PrincipalSpace.fit(before.float(), 0.5).project(after - before, 0.8)
     assert (layer["projected"]["eta"], layer["projected"]["alpha"]) == (0.5, 0.8)
     assert layer["projected"]["norm"] == pytest.approx(float(projected.norm()), rel=1e-4)
+    assert layer["projected"]["row_normalize"] is True
     share = 1 - float(projected.norm() / (after - before).norm()) ** 2
     assert layer["projected"]["removed_share"] == pytest.approx(share, abs=1e-4)
-    assert diagnosis(whole / "alphaedit", 4)["settings"]["projected"] == {"eta": 0.5, "alpha": 0.5}
+    assert diagnosis(whole / "alphaedit", 4)["settings"]["projected"] == {
+        "eta": 0.5,
+        "alpha": 0.5,
+        "row_normalize": True,
+    }
 
 
 def test_null_spaces_are_those_the_run_solved_in(whole):

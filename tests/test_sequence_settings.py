@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -222,7 +223,55 @@ def test_a_model_is_a_yaml_beside_or_any_model(hparams: Path, tmp_path: Path) ->
     assert given(path, "--model", tmp_path).model == str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("entry", "key", "value", "said"),
+    [
+        ("ft", "weight_decay", "small", "float"),
+        ("ft", "num_steps", "many", "int"),
+        ("ft", "num_steps", 2.5, "int"),
+        ("ft", "layers", "21", r"List\[int\]"),
+        ("ft", "layers", ["a"], r"List\[int\]"),
+        ("ft", "lr", None, "float"),
+        ("ft", "lr", math.inf, "float"),
+        ("rome", "mom2_adjustment", "yes", "bool"),
+        ("rome", "fact_token", 3, "str"),
+    ],
+)
+def test_settings_of_easyedits_methods_have_the_kind_that_is_declared(
+    entry: str, key: str, value: object, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"settings\.{key}: got .*, expected {said}"):
+        hparams_of(entry, SMOL, None, {key: value})
+
+
+def test_settings_of_easyedits_methods_are_read_as_their_kind() -> None:
+    told = hparams_of("ft", SMOL, None, {"weight_decay": "1e-3", "lr": 1, "norm_constraint": False, "layers": [3]})
+    assert (told.weight_decay, told.lr, told.norm_constraint, told.layers) == (1e-3, 1, False, [3])
+    assert hparams_of("rome", SMOL, None, {"context_template_length_params": []}).context_template_length_params == []
+    assert hparams_of("rome", SMOL, None, {"device": "cpu"}).device == "cpu", (
+        "declared a number, and a name in its YAML"
+    )
+
+
+def test_a_number_of_jobs_is_checked_for_a_single_run_too(hparams: Path, tmp_path: Path, capsys) -> None:
+    path = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit"))
+    assert main(["run", str(path), "--jobs", "0", "--out", str(tmp_path / "out")]) == 1
+    assert "--jobs: got 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [0, "0", "", [4, "x"], 4.5])
+def test_checkpoints_that_cannot_be_are_refused(value: object, hparams: Path) -> None:
+    with pytest.raises(ConfigError, match="checkpoints: got"):
+        settings(hparams, "memit", checkpoints=value)
+
+
 # ---- presets ----
+
+
+def test_a_preset_is_named_on_the_command_line_only(hparams: Path, tmp_path: Path) -> None:
+    path = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit", preset="figure7-llama3-8b"))
+    with pytest.raises(ConfigError, match="preset: got 'figure7-llama3-8b'.*--preset NAME"):
+        given(path)
 
 
 def test_every_preset_loads_and_its_entries_have_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from sphere_plugin.editing.config import check_number
 from sphere_plugin.editing.requests import read_request
 from sphere_plugin.errors import ConfigError, RequestError
 from sphere_plugin.parsing import is_whole, json_of
@@ -82,10 +83,11 @@ def read_records(path: Path | None = None, limit: int | None = None, order: int 
     Args:
         path: a JSON array of records: CounterFact's original schema, EasyEdit's flat one, KnowEdit's, or ZsRE's (whose
             edits go towards ``alt``, as EasyEdit's do). None reads the project's own facts.
-        limit: at most so many.
+        limit: at most so many, 1 or more.
         order: seed of a shuffle before anything is left out; None: the order of the file.
 
     Raises:
+        ConfigError: ``limit`` is below 1.
         RequestError: the file is no such array, or has fewer usable records than ``limit``; names the record.
     """
     where = "facts.json" if path is None else str(path)
@@ -117,6 +119,8 @@ def _records(
     content: Sequence[Any], where: str, limit: int | None, order: int | None, nameless: bool = False
 ) -> list[Record]:
     """``nameless``: records without a subject will do."""
+    if limit is not None:
+        check_number("limit", limit, 1, whole=True)
     numbers = list(range(len(content)))
     if order is not None:
         random.Random(order).shuffle(numbers)

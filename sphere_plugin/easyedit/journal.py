@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from sphere_plugin.journaling.exporting import Exported, Format, export_batches
 from sphere_plugin.paths import user_path
 
 Weights = dict[str, nn.Parameter]
+_MANIFEST: Final = "manifest.json"
 
 
 @contextmanager
@@ -96,8 +97,11 @@ class EditorJournal:
         self._model: nn.Module = editor.model
         weights = _touched(editor, self.method)
         turned = orientations(self._model, weights)
+        if (folder / _MANIFEST).exists():
+            remedy = "Choose another folder: what is in it, or was taken back there, can still be wanted."
+            raise ConfigError("the journal", str(folder), "a folder without one, or a run", remedy)
         self.store = Journal.create(folder / "journal", weights, turned, self._masters())
-        write_json(folder / "manifest.json", _manifest(editor, self.store))
+        write_json(folder / _MANIFEST, _manifest(editor, self.store))
 
     @property
     def edits(self) -> list[Edit]:
@@ -184,7 +188,7 @@ class EditorJournal:
 
     def _record(self, requests: Sequence[Mapping[str, Any]], seconds: float) -> None:
         facts = [
-            {"record": None, **{key: str(request.get(key)) for key in ("prompt", "subject", "target_new")}}
+            {"record": None, **{key: str(request.get(key) or "") for key in ("prompt", "subject", "target_new")}}
             for request in requests
         ]
         report = self.method.report if isinstance(self.method, Session) else None

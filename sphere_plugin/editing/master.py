@@ -98,7 +98,7 @@ class Masters:
             self._kept[name] = weight.detach().float()
         if strange:
             _LOG.warning(
-                "%s: not as the last batch left them, nor as they were before it or before any edit: the master copies "
+                "%s: not as the last batch left them, nor as before it or before any edit: the master copies "
                 "start anew from the weights, and what rounding took of earlier edits is lost",
                 ", ".join(strange),
             )

@@ -82,10 +82,12 @@ def _write(decoder: Decoder, starts: Sequence[Start], length: int, top_k: int) -
     """The same for one piece, sorted by length."""
     draws = torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(start.seed)) for start in starts])
     hidden, begun = decoder.begin([start.ids for start in starts])
-    last = hidden[torch.arange(len(starts)), torch.tensor([len(start.ids) - 1 for start in starts])]
+    lengths = torch.tensor([len(start.ids) for start in starts])
+    last = hidden[torch.arange(len(starts)), lengths - 1]
     new = [_draw(decoder.logits(last), draws[:, 0], top_k)]
     for step in range(1, length - len(starts[0].ids)):
-        state = begun.read(new[-1][:, None], torch.ones(len(starts), 1, dtype=torch.long))[:, 0]
+        unfinished = (lengths + step < length).long()  # a row that is long enough stays at its last position
+        state = begun.read(new[-1][:, None], unfinished[:, None])[:, 0]
         new.append(_draw(decoder.logits(state), draws[:, step], top_k))
     written = torch.stack(new, dim=1).tolist()
     return [(*start.ids, *row)[:length] for start, row in zip(starts, written, strict=True)]

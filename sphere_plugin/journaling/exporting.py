@@ -20,7 +20,7 @@ from sphere_plugin.journaling.lowrank import cut
 from sphere_plugin.journaling.revisit import opened, put, unedited
 from sphere_plugin.journaling.store import Journal
 from sphere_plugin.paths import user_path
-from sphere_plugin.peft import save_lora
+from sphere_plugin.peft import peft_library, save_lora
 
 Format = Literal["hf", "delta", "adapter"]
 FORMATS: Final[tuple[str, ...]] = get_args(Format)
@@ -114,6 +114,9 @@ def export_batches(
     if rank is not None and format != "adapter":
         raise ConfigError("rank", rank, f"none for the format {format!r}", "Only an adapter has a rank.")
     refuse_existing(out)
+    if format == "adapter":
+        peft_library()
+        _check_rank(rank, journal)
     edits = journal.edits(number)
     after = journal.weights_after(number)
     if format == "delta":
@@ -132,6 +135,17 @@ def export_batches(
         write_json(folder / "edits.json", facts)
         write_bytes(folder / "README.md", card(manifest, edits, facts, exported.errors, checkpoint).encode())
     return exported
+
+
+def _check_rank(rank: int | None, journal: Journal) -> None:
+    """Raise ConfigError for a rank that a weight cannot have, before batches are added up."""
+    sides = {name: min(weight.shape) for name, weight in journal.weights_after(0).items() if weight.dim() == 2}
+    if rank is None or not sides:
+        return
+    name = min(sides, key=sides.__getitem__)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= sides[name]:
+        expected, remedy = f"a whole number from 1 to {sides[name]}", f"{name} has a rank of {sides[name]} at most."
+        raise ConfigError("rank", rank, expected, remedy)
 
 
 def _adapter(

@@ -14,9 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphere_plugin.errors import ModelError
+from sphere_plugin.errors import ConfigError, ModelError
 
 _LOG = logging.getLogger("sphere_plugin")
+
+
+def usable_device(name: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        ConfigError: there is none of that name here, or it holds no values.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # torch without CUDA fails an assertion
+        remedy = "Leave it out for the CPU."
+        raise ConfigError("--device", name, f"cpu, or a device that is here, as cuda:1 ({error})", remedy) from error
+    if device.type == "meta":
+        raise ConfigError("--device", name, "a device that holds values", "Leave it out for the CPU.")
+    return device
 
 
 def input_device(model: nn.Module) -> torch.device:

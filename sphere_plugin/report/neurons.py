@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,12 +54,14 @@ class Gathered:
         total: neurons it has.
         found: one for each entry that could be read.
         missing: why others could not.
+        layers: numbers of those that were edited, as far as journals say.
     """
 
     weight: str
     total: int
     found: tuple[Neurons, ...]
     missing: tuple[str, ...]
+    layers: tuple[int, ...]
 
 
 def gather(study: Study, layer: int | None = None, most: int = MOST) -> Gathered:
@@ -71,7 +73,6 @@ def gather(study: Study, layer: int | None = None, most: int = MOST) -> Gathered
         most: neurons to look at; more are sampled down to it, the same for all entries, seeded.
 
     Raises:
-        ConfigError: no entry has edited that layer.
         CacheError: a journal is damaged.
     """
     weight, total, found, missing = "", 0, [], []
@@ -92,10 +93,15 @@ def gather(study: Study, layer: int | None = None, most: int = MOST) -> Gathered
             continue
         total = before[weight].shape[0]
         found.append(Neurons(entry, edits, first, last))
-    if known and not weight:
-        layers = ", ".join(map(str, sorted(set(map(_layer, known)))))
-        raise ConfigError("--layer", layer, f"an edited layer: {layers}", "Choose one of them.")
-    return Gathered(weight, total, tuple(found), tuple(missing))
+    return Gathered(weight, total, tuple(found), tuple(missing), tuple(sorted(set(map(_layer, known)))))
+
+
+def check_layer(gathered: Iterable[Gathered], layer: int | None) -> None:
+    """Raise ConfigError unless a study has edited that layer; None, the last one of each, is always there."""
+    known = {one for each in gathered for one in each.layers}
+    if layer is not None and known and layer not in known:
+        told = ", ".join(map(str, sorted(known)))
+        raise ConfigError("--layer", layer, f"an edited layer: {told}", "Choose one of them.")
 
 
 def choose(names: Sequence[str], layer: int | None) -> str:

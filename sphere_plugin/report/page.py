@@ -90,7 +90,8 @@ def write_report(
         The page.
 
     Raises:
-        ConfigError: there are no runs, or an option fits none of them.
+        ConfigError: there are no runs, no study has the layer or the moment of the options, or a sweep has not that
+            moment.
         CacheError: a file of a run is damaged, or ``out`` cannot be written.
         HostError: a library of the extra `report` is missing.
     """
@@ -101,7 +102,9 @@ def write_report(
     studies = studies_of(runs, options.at) if runs else ()
     check_writable(out / PAGE)
     sweeps = chapters_of(folders, options.at, tell)
-    chapters = [chapter(study, options, tell) for study in studies]
+    gathered = [neurons.gather(study, options.layer, options.neurons) for study in studies]
+    neurons.check_layer(gathered, options.layer)
+    chapters = [chapter(study, one, options, tell) for study, one in zip(studies, gathered, strict=True)]
     for one in chapters:
         _write_files(one, out, tell)
     for swept in sweeps:
@@ -122,9 +125,10 @@ def check_libraries() -> None:
         raise HostError("the libraries of `sphere report`", f"no {', no '.join(missing)}", "all of them", remedy)
 
 
-def chapter(study: Study, options: Options, tell: Callable[[str, int, int], None]) -> Chapter:
-    """Compute everything about one study."""
-    gathered = neurons.gather(study, options.layer, options.neurons)
+def chapter(
+    study: Study, gathered: neurons.Gathered, options: Options, tell: Callable[[str, int, int], None]
+) -> Chapter:
+    """Compute everything about one study, whose neurons have been read."""
     cosines, places = neurons.plates(study, gathered, tell)
     plates = {
         "curves": curves.plate(study),

@@ -19,6 +19,7 @@ from sphere_plugin.folders import find_folders
 from sphere_plugin.journaling import run_lock
 from sphere_plugin.journaling.revisit import Revisited, opened
 from sphere_plugin.models import load_model
+from sphere_plugin.models.placement import usable_device
 from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.abilities import data_of, names_of
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     Raises:
         SphereError: a target, a task, a file or a moment that cannot be, before anything is measured.
     """
-    device = _device(arguments.device)
+    device = usable_device(arguments.device)
     target = user_path(arguments.target)
     folders = find_folders(target, NAME) if target.is_dir() else []
     if folders and arguments.out is not None:
@@ -125,18 +126,6 @@ def _model(arguments: argparse.Namespace, suite: Suite, device: torch.device) ->
     kept = Abilities(out, suite)
     found = kept.measure(0, weights, model, tokenizer, lambda name: bars("abilities", 1, total))
     return [arguments.target, *table(suite.names, {0: found})]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError("--device", name, "cpu, cuda or cuda:1", "Leave it out for the CPU.") from error
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
-        raise ConfigError("--device", name, "a device that torch can use", "Leave it out for the CPU.") from error
-    return device
 
 
 def _data(given: Sequence[str]) -> Data | None:

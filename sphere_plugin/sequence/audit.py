@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sphere_plugin.data import Record
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import CacheError, ConfigError
@@ -21,6 +19,7 @@ from sphere_plugin.evaluation.paraphrases import RECORD, TEMPLATES, Probe, Sourc
 from sphere_plugin.evaluation.responses import Sampling
 from sphere_plugin.files import check_writable
 from sphere_plugin.journaling.revisit import Revisited, opened
+from sphere_plugin.models.placement import usable_device
 from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.sequence.finished import facts_of
 from sphere_plugin.sequence.panel import Panel
@@ -65,11 +64,7 @@ class Options:
         check_number("--facts", self.facts, 1, whole=True)
         for edits in self.at:
             check_number("--at", edits, 1, whole=True)
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:  # torch built without CUDA fails an assertion of its own
-            remedy = "Leave it out for the CPU."
-            raise ConfigError("--device", self.device, f"a device that is here ({error})", remedy) from error
+        usable_device(self.device)
 
     @property
     def settings(self) -> dict[str, Any]:

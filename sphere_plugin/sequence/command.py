@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import CacheError, ConfigError, SphereError
 from sphere_plugin.files import read_json
 from sphere_plugin.journaling.revisit import RESTORE
@@ -81,6 +82,7 @@ def _log(error: Exception) -> None:
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[int, list[str]]:
+    check_number("--jobs", arguments.jobs, 1, whole=True)
     if arguments.resume is not None:
         _refuse_others(arguments)
         folder = user_path(arguments.resume).resolve()

@@ -29,7 +29,8 @@ from sphere_plugin.errors import SphereError
 from sphere_plugin.evaluation import Quality
 from sphere_plugin.files import check_writable, make_folder, write_json
 from sphere_plugin.sequence.entries import absolute
-from sphere_plugin.sequence.run import Checkpoint, SequentialRun, check_schedule
+from sphere_plugin.sequence.run import Checkpoint, SequentialRun
+from sphere_plugin.sequence.settings import check_schedule
 from sphere_plugin.sequence.workers import Log, workers_environment
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -79,8 +80,8 @@ def run_demo(demo: Demo) -> dict[str, Any]:
     Raises:
         SphereError: bad settings or data, before anything is computed; DemoError if a run fails.
     """
-    records = read_records(demo.data, demo.edits)
     check_schedule(demo.edits, demo.batch_size, demo.checkpoints)
+    records = read_records(demo.data, demo.edits)
     check_writable(demo.out / "demo.json")
     with contextlib.chdir(demo.out):  # EasyEdit writes its log to the working directory
         host = register()

@@ -32,10 +32,9 @@ from sphere_plugin.journaling.disk import plain
 from sphere_plugin.journaling.revisit import Revisited, opened, put
 from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
-from sphere_plugin.sequence.finished import facts_of, moments_of, runs_in
+from sphere_plugin.sequence.finished import facts_of, moments_of, runs_in, settings_of
 from sphere_plugin.sequence.hidden import Step, Strength, numbers
 from sphere_plugin.sequence.protected import EDITED, Keys, edited, protected
-from sphere_plugin.sequence.settings import RunSettings
 
 EVERY: Final = "every"
 ETA: Final = 0.5
@@ -113,7 +112,7 @@ class Diagnosis:
         self.journal, self.manifest = opened(folder)
         self.label = str(self.manifest.get("label") or self.manifest.get("entry") or folder.name)
         self._hparams: Mapping[str, Any] = (self.manifest.get("method") or {}).get("hparams") or {}
-        settings = RunSettings.from_mapping(self.manifest.get("settings") or {})
+        settings = settings_of(folder, self.manifest)
         self._text = held_out(options.text or settings.text)
         self._records = facts_of(folder, self.manifest, options.data)
         self._strength = self._unprojected()
@@ -191,7 +190,8 @@ class Diagnosis:
         if "+" in str(self.manifest.get("entry")):
             return None
         base = "AlphaEdit" if self._hparams.get("base_method") == "AlphaEdit" else "MEMIT"
-        return Strength(float(self._hparams.get("eta") or ETA), dict(ALPHA_OF)[base])
+        unit = bool(self._hparams.get("row_normalize", True))
+        return Strength(float(self._hparams.get("eta") or ETA), dict(ALPHA_OF)[base], unit)
 
     @property
     def _space_due(self) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -135,14 +136,32 @@ def _hosted(method: str, variant: str | None, path: Path, changes: Mapping[str, 
     hparams = _read(beside, register())
     if hparams.alg_name != method:
         raise ConfigError(f"alg_name in {beside}", hparams.alg_name, method, f"Put {method}'s YAML there.")
-    for key, value in changes.items():
+    hints = get_type_hints(type(hparams))
+    for key, value in numbers(changes, types_of(type(hparams))).items():
         if not hasattr(hparams, key):
             raise ConfigError("settings", key, f"a key of {beside}", "Check the spelling.")
-        fraction = isinstance(getattr(hparams, key), float) and not isinstance(value, bool)
-        setattr(hparams, key, numbers({key: value}, {key: "float"})[key] if fraction else value)
+        _check_kind(key, value, getattr(hparams, key), hints.get(key))
+        setattr(hparams, key, value)
     # A block `sphere:` of the YAML says with which numbers.
     hparams.sphere = (getattr(hparams, "sphere", False) or True) if variant else False
     return hparams
+
+
+def _check_kind(key: str, value: object, known: object, hint: Any) -> None:
+    """Raise ConfigError for a value that is neither what the method declares nor of the kind its YAML has."""
+    alike = type(value) is type(known) and not isinstance(value, list | float)
+    if not _fits(value, hint) and not alike:
+        declared = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+        raise ConfigError(f"settings.{key}", value, declared.replace("typing.", ""), f"Its YAML has {known!r}.")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
+    if hint in (int, float):
+        number = isinstance(value, int | float if hint is float else int) and not isinstance(value, bool)
+        return number and math.isfinite(value)  # type: ignore[arg-type]
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _read(path: Path, host: Host) -> Any:

@@ -10,7 +10,7 @@ from sphere_plugin.data import Record, read_records
 from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.folders import find_folders
 from sphere_plugin.sequence.manifest import NAME, data_digest
-from sphere_plugin.sequence.settings import RunSettings
+from sphere_plugin.sequence.settings import RunSettings, whole_numbers
 
 
 def runs_in(target: Path) -> list[Path]:
@@ -26,6 +26,18 @@ def runs_in(target: Path) -> list[Path]:
     return found
 
 
+def settings_of(folder: Path, manifest: Mapping[str, Any]) -> RunSettings:
+    """The settings of a run.
+
+    Raises:
+        ConfigError: it is no run: `journal` has written the folder, which has no file of facts to its edits.
+    """
+    if not manifest.get("settings"):
+        remedy = "Give the folder of a run; sphere undo and sphere export take this one."
+        raise ConfigError(str(folder), "a journal of an editor's edits", "what `sphere run --out` wrote", remedy)
+    return RunSettings.from_mapping(manifest["settings"])
+
+
 def facts_of(folder: Path, manifest: Mapping[str, Any], data: Path | None) -> list[Record]:
     """The facts of a run in the order of editing.
 
@@ -35,10 +47,10 @@ def facts_of(folder: Path, manifest: Mapping[str, Any], data: Path | None) -> li
         data: its file of facts, where that is not where the run found it.
 
     Raises:
-        ConfigError: the file is not there.
+        ConfigError: the file is not there, or the folder is not that of a run.
         CacheError: it is another one.
     """
-    settings = RunSettings.from_mapping(manifest.get("settings") or {})
+    settings = settings_of(folder, manifest)
     path = data or settings.data
     if path is not None and not path.is_file():
         raise ConfigError(f"facts of {folder}", str(path), "the run's file of facts", "Say where it is with --data.")
@@ -55,7 +67,4 @@ def moments_of(text: str) -> tuple[int, ...]:
     Raises:
         ConfigError: it has something else in it.
     """
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise ConfigError("--at", text, "numbers with commas between them", "Write 100,500,1000.") from None
+    return tuple(sorted(set(whole_numbers("--at", text))))

@@ -53,10 +53,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Strength:
-    """With what SPHERE would project: η, α."""
+    """With what SPHERE would project: η, α, and whether of neurons at unit length."""
 
     eta: float
     alpha: float
+    row_normalize: bool = True
 
 
 def numbers(step: Step, keys: Mapping[str, Tensor], strength: Strength | None) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def numbers(step: Step, keys: Mapping[str, Tensor], strength: Strength | None) -
 
 
 def _projected(step: Step, update: Factors, keys: Mapping[str, Tensor], strength: Strength) -> dict[str, Any]:
-    principal = PrincipalSpace.fit(step.before, strength.eta)
+    principal = PrincipalSpace.fit(step.before, strength.eta, strength.row_normalize)
     kept = EditingSpace.of(principal.project(update, strength.alpha))
     told = {**dataclasses.asdict(strength), "rank": principal.rank}
     share = principal.removed_share(update, strength.alpha)

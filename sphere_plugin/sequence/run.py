@@ -13,6 +13,7 @@ from sphere_plugin.errors import ConfigError
 from sphere_plugin.evaluation import Quality, Scores
 from sphere_plugin.geometry import hyperspherical_energy
 from sphere_plugin.sequence.monitor import ORDERS
+from sphere_plugin.sequence.settings import check_schedule
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,3 @@ class SequentialRun:
             done = first + len(batch)
             if done in self.checkpoints:
                 yield self.checkpoint(done, fresh, seconds)
-
-
-def check_schedule(edits: int, batch_size: int, checkpoints: Sequence[int]) -> None:
-    """Raise ConfigError if a checkpoint would never come."""
-    if batch_size < 1:
-        raise ConfigError("batch_size", batch_size, "a whole number of at least 1", "The papers use 100.")
-    for point in checkpoints:
-        reached = point == edits or (0 < point < edits and point % batch_size == 0)
-        if not reached:
-            raise ConfigError(
-                "checkpoints",
-                point,
-                f"multiples of batch_size {batch_size} up to {edits}",
-                f"Scores are taken between batches; {edits} itself is always possible.",
-            )

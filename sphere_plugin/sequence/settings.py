@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -15,7 +15,6 @@ from sphere_plugin.paths import absolute_path, is_folder, user_path
 from sphere_plugin.sequence.abilities import AbilityPlan
 from sphere_plugin.sequence.entries import HOSTED, check_settings, parse, split
 from sphere_plugin.sequence.guard import Guard
-from sphere_plugin.sequence.run import check_schedule
 
 Protocol = Literal["tokens", "exact"]
 
@@ -73,8 +72,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         parse(",".join(self.entries))
-        check_number("edits", self.edits, 1, whole=True)
-        check_number("batch_size", self.batch_size, 1, whole=True)
+        check_schedule(self.edits, self.batch_size, self.checkpoints)
         check_number("fluency", self.fluency, 0, whole=True)
         check_number("seed", self.seed, 0, whole=True)
         for name in ("order", "sample", "neighbours"):
@@ -92,11 +90,9 @@ class RunSettings:
             )
         check_flag("share_targets", self.share_targets)
         self._check_sharing()
-        points = tuple(sorted({*self.checkpoints, self.edits}))
-        check_schedule(self.edits, self.batch_size, points)
         if self.abilities is not None:
             self.abilities.moments(self.edits, self.batch_size)
-        object.__setattr__(self, "checkpoints", points)
+        object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.edits})))
         check_settings(self.settings, self.entries)
 
     def _check_sharing(self) -> None:
@@ -122,7 +118,7 @@ class RunSettings:
         """The keys of a YAML of settings, for `from_mapping`.
 
         Raises:
-            ConfigError: the file cannot be read, or is no mapping.
+            ConfigError: the file cannot be read, is no mapping, or names a preset.
         """
         try:
             content = yaml_of(path.read_text(encoding="utf-8"))
@@ -130,6 +126,9 @@ class RunSettings:
             raise ConfigError("run", str(path), f"a YAML file that can be read ({error})", "Check it.") from error
         if not isinstance(content, dict):
             raise ConfigError("run", str(path), "a YAML mapping of settings", "docs/run.md has an example.")
+        if "preset" in content:  # what a manifest says a run was made from
+            remedy = "Leave it out, and write --preset NAME: `sphere run` takes both, the YAML over the preset."
+            raise ConfigError("preset", content["preset"], f"no such key in {path}", remedy)
         return content
 
     @classmethod
@@ -151,7 +150,8 @@ class RunSettings:
             remedy = "Write --compare memit,memit+sphere --edits 100 --out runs/NAME, or a YAML as in docs/run.md."
             raise ConfigError("run", f"no {' and no '.join(missing)}", f"a value for {' and '.join(missing)}", remedy)
         values["entries"] = _entries(values["entries"])
-        values["checkpoints"] = _numbers(values.get("checkpoints") or ())
+        given = values.get("checkpoints")
+        values["checkpoints"] = () if given is None else whole_numbers("checkpoints", given)
         for key in ("hparams", "data", "text"):
             values[key] = _path(key, values.get(key))
         if isinstance(values.get("model"), str) and is_folder(user_path(values["model"])):
@@ -175,11 +175,31 @@ def _path(key: str, given: Any) -> Path | None:
     return None if given is None else absolute_path(key, given)
 
 
-def _numbers(given: Any) -> tuple[int, ...]:
+def whole_numbers(name: str, given: Any) -> tuple[int, ...]:
+    """The numbers in "100,500", in a list or alone, as they stand there.
+
+    Raises:
+        ConfigError: there is something else; it says that of ``name``.
+    """
     parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
     try:
         if any(isinstance(part, bool | float) for part in parts):
             raise TypeError
         return tuple(int(part) for part in parts)
     except (TypeError, ValueError):
-        raise ConfigError("checkpoints", given, "numbers with commas between them", "Write 100,500,1000.") from None
+        raise ConfigError(name, given, "numbers with commas between them", "Write 100,500,1000.") from None
+
+
+def check_schedule(edits: int, batch_size: int, checkpoints: Sequence[int]) -> None:
+    """Raise ConfigError for numbers below 1, or if a checkpoint would never come."""
+    check_number("edits", edits, 1, whole=True)
+    check_number("batch_size", batch_size, 1, whole=True)
+    for point in checkpoints:
+        reached = point == edits or (0 < point < edits and point % batch_size == 0)
+        if not reached:
+            raise ConfigError(
+                "checkpoints",
+                point,
+                f"multiples of batch_size {batch_size} up to {edits}",
+                f"Scores are taken between batches; {edits} itself is always possible.",
+            )
