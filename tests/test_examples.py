@@ -8,11 +8,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from benchmark_files import write_benchmarks
 from pico_runs import place, settings
 
+import sphere_plugin as sp
+from sphere_plugin.easyedit.host import load_host
+from sphere_plugin.editing.anatomy import Anatomy
+from sphere_plugin.editing.statistics import key_moments
 from sphere_plugin.sequence.runner import start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +105,23 @@ def test_alpha_is_chosen_from_the_update(tmp_path) -> None:
         assert theirs == pytest.approx(sum(scores["efficacy"]) / len(scores["efficacy"]))
         assert ours - theirs == pytest.approx(difference)
         assert row["interval"][0] <= difference <= row["interval"][1]
+
+
+def test_easyedit_reads_statistics_of_any_text(tmp_path, monkeypatch) -> None:
+    hparams = place(tmp_path)
+    stats = tmp_path / "stats"
+    assert run("examples/statistics_for_easyedit.py", str(hparams), str(stats)).count(".npz") == 2
+    load_host()
+    easyedits = sys.modules["easyeditor.models.rome.layer_stats"]
+    monkeypatch.setattr(easyedits, "load_dataset", lambda *_: pytest.fail("Wikipedia was asked for"))
+    model, tokenizer = sp.load_model(str(tmp_path / "pico-llama"))
+    config = sp.SphereHyperParams.from_hparams(hparams).editing()
+    anatomy = Anatomy.of(model, config)
+    expected = key_moments(anatomy, tokenizer, config)
+    for layer, rewrite in anatomy.rewrites.items():
+        asked = (model, tokenizer, rewrite.name.removesuffix(".weight"), str(stats), "wikipedia", ["mom2"])
+        more = {"sample_size": 100000, "precision": "float32", "hparams": SimpleNamespace(device="cpu")}
+        assert torch.equal(easyedits.layer_stats(*asked, **more).mom2.moment(), expected[layer])
 
 
 @pytest.mark.keeps_cache
