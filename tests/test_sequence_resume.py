@@ -113,13 +113,30 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "CASE_TOKENS", 4)
 
 
-@pytest.mark.parametrize("entry", ["memit+random", "rect", "ft+sphere", "rome"])
+@pytest.mark.parametrize("entry", ["memit+random", "rect", "ft+sphere", "rome", "rome+random"])
 def test_a_stopped_run_of_any_entry_goes_on_as_it_would_have(entry: str, hparams: Path, tmp_path: Path) -> None:
     told = settings(hparams, entry, checkpoints=[], edits=6, sample=2)
     start(told, tmp_path / "whole")
     stopped_and_resumed(told, tmp_path / "stopped", 1, 2)
     assert_same(tmp_path / "stopped", tmp_path / "whole")
     assert files(tmp_path / "stopped").keys() == files(tmp_path / "whole").keys()
+
+
+@pytest.mark.parametrize("entry", ["rome", "ft"])
+def test_controls_of_a_host_method_resemble_sphere_in_one_thing(entry: str, hparams: Path, tmp_path: Path) -> None:
+    updates, layers = {}, {}
+    for variant in ("", "+sphere", "+shrunk", "+random"):
+        folder = tmp_path / f"of{variant}"
+        start(settings(hparams, f"{entry}{variant}", checkpoints=[], edits=1, batch_size=1, sample=1), folder)
+        journal = Journal.open(folder / "journal")
+        (name,) = journal.weights_after(0)
+        updates[variant] = (journal.weights_after(1)[name] - journal.weights_after(0)[name]).double()
+        (layers[variant],) = journal.record(1)["layers"]
+    alone, sphere, shrunk, random = (updates[variant] / updates[""].norm() for variant in updates)
+    assert layers["+sphere"]["rank"] == layers["+shrunk"]["rank"] == layers["+random"]["rank"] > 0
+    assert shrunk.norm() == pytest.approx(float(sphere.norm()), rel=1e-4) and float(sphere.norm()) < 0.99
+    assert float((shrunk / shrunk.norm() - alone).norm()) < 1e-3  # the weight is float32
+    assert random.norm() < 1 and float((random - sphere).norm()) > 0.05
 
 
 @pytest.mark.parametrize("block", [{"sphere": {"basis": "pretrained"}}, {"prune": True}], ids=["pretrained", "prune"])

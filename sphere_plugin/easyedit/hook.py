@@ -31,6 +31,7 @@ from sphere_plugin.geometry.neurons import is_transposed, neurons
 from sphere_plugin.journaling import Snapshot, all_or_nothing
 from sphere_plugin.process import ONE_AT_A_TIME
 from sphere_plugin.restraints import BoundRestraint
+from sphere_plugin.restraints.protocol import memory_of, recall
 
 Apply = Callable[..., Any]
 
@@ -172,6 +173,17 @@ class WeightSession:
                 transposed = is_transposed(model.get_submodule(name.rpartition(".")[0]))
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 self._bound[name] = self.asked.restraint.bind(neurons(weight.detach(), transposed).to(wide, copy=True))
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the restraints remember of earlier edits beside the weights, for :meth:`recall`."""
+        kept = {name: memory_of(bound) for name, bound in self._bound.items()}
+        return {f"{name}/{key}": tensor for name, known in kept.items() for key, tensor in known.items()}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Give the restraints what :meth:`memory` returned in another session that is bound to the same weights."""
+        for name, bound in self._bound.items():
+            start = f"{name}/"
+            recall(bound, {key[len(start) :]: one for key, one in memory.items() if key.startswith(start)})
 
     def _begin(self, model: nn.Module) -> Apply:
         """What edits this model; a model that is not the last one is known from now on."""

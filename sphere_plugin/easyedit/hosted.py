@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sphere_plugin.easyedit.hook import WeightSession
 from sphere_plugin.easyedit.methods import METHODS
@@ -50,7 +50,7 @@ def open_editor(hparams: Any, folder: Path) -> Any:
 
 
 class Hosted:
-    """Calls the method of a BaseEditor as its sequential edits do: FT or ROME, whose whole state are the weights.
+    """Calls the method of a BaseEditor as its sequential edits do: FT or ROME, whose own state is all in the weights.
 
     Args:
         editor: a BaseEditor.
@@ -105,6 +105,17 @@ class Hosted:
             )
             for name, parts in told.items()
         }
+
+    def memory(self) -> dict[str, Tensor]:
+        """What restraints remember of earlier batches beside the weights."""
+        session = self.editor.apply_algo
+        return session.memory() if isinstance(session, WeightSession) else {}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Give restraints what `memory` returned where the same batches had been written; after `prepare`."""
+        session = self.editor.apply_algo
+        if isinstance(session, WeightSession):
+            session.recall(memory)
 
     def _modules(self) -> list[Any]:
         """The module of this method, if it has context templates; it is where the method's function is defined."""

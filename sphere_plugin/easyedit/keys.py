@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sphere_plugin.easyedit.blocks import SYNONYMS, nearest, read_prune, read_rect, read_sphere
@@ -23,6 +23,7 @@ from sphere_plugin.editing.config import ALPHA_OF
 from sphere_plugin.errors import ConfigError
 from sphere_plugin.process import ONE_AT_A_TIME
 from sphere_plugin.restraints import Chain, PruneConfig, RectConfig, Restraint, SphereConfig
+from sphere_plugin.restraints.controls import Control, ControlConfig
 
 KEYS: Final = ("sphere", "rect", "prune")
 ALPHA: Final = 0.8  # paper D.4.1, on every method but AlphaEdit
@@ -30,21 +31,28 @@ ALPHA: Final = 0.8  # paper D.4.1, on every method but AlphaEdit
 
 @dataclass(frozen=True)
 class Asked:
-    """The restraints that hyper-parameters ask for, at least one."""
+    """The restraints that hyper-parameters ask for, at least one; ``control`` stands in SPHERE's place."""
 
     rect: RectConfig | None = None
     prune: PruneConfig | None = None
     sphere: SphereConfig | None = None
+    control: Control | None = None
 
     @property
     def restraint(self) -> Restraint:
         """All of them as one, in this order: see `Chain`."""
-        return Chain(tuple(one for one in (self.rect, self.prune, self.sphere) if one is not None))
+        last: Restraint | None = self.sphere
+        if self.sphere is not None and self.control is not None:
+            last = ControlConfig(self.control, self.sphere)
+        return Chain(tuple(one for one in (self.rect, self.prune, last) if one is not None))
 
     @property
     def label(self) -> str:
         """Such as "RECT + SPHERE"."""
-        return " + ".join(key.upper() for key in ("rect", "prune", "sphere") if getattr(self, key) is not None)
+        names = [key.upper() for key in ("rect", "prune", "sphere") if getattr(self, key) is not None]
+        if self.control is not None:
+            names[-1] = f"control ({self.control})"
+        return " + ".join(names)
 
 
 def asked_of(hparams: object) -> Asked | None:
@@ -59,6 +67,8 @@ def asked_of(hparams: object) -> Asked | None:
         prune=read_prune(getattr(hparams, "prune", False)),
         sphere=read_sphere(getattr(hparams, "sphere", False), alpha),
     )
+    if asked.sphere is not None:  # `sphere run` puts a control of experiments in its place
+        asked = replace(asked, control=getattr(hparams, "control", None))
     return None if asked == Asked() else asked
 
 

@@ -218,8 +218,9 @@ class HostEntrant:
     def resume(
         self, batches: Iterator[Mapping[str, Tensor]], memory: Mapping[str, Tensor], masters: Mapping[str, Tensor]
     ) -> None:
-        """Nothing but the weights is remembered; methods for which that is not so are refused when a run starts."""
+        """A method remembers nothing but the weights, or it is refused when a run starts; restraints of ours do."""
+        self._hosted.recall(memory)
 
     def memory(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
+        """What restraints remember of earlier batches beside the weights."""
+        return self._hosted.memory()

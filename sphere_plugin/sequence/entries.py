@@ -34,6 +34,7 @@ OWN: Final = MappingProxyType({"memit": "MEMIT", "alphaedit": "AlphaEdit", "rect
 HOSTED: Final = MappingProxyType({"ft": "FT", "rome": "ROME"})
 # What may follow a plus sign. The last two are controls, see `restraints.controls`.
 VARIANTS: Final = MappingProxyType({"sphere": "SPHERE", "shrunk": "SPHERE's length", "random": "random subspace"})
+CONTROLS: Final = tuple(variant for variant in VARIANTS if variant != "sphere")
 # Keys of a YAML that the name of an entry, or a setting of the run, decides.
 DECIDED: Final = MappingProxyType(
     {"alg_name": "entries", "base_method": "entries", "control": "entries", "batch_size": "batch_size"}
@@ -49,11 +50,10 @@ def split(name: str) -> tuple[str, str | None]:
         ConfigError: there is no such entry.
     """
     base, plus, variant = name.partition("+")
-    known = base in OWN or (base in HOSTED and variant in ("", "sphere"))
-    if not known or (plus and variant not in VARIANTS):
+    if (base not in OWN and base not in HOSTED) or (plus and variant not in VARIANTS):
         bases = ", ".join((*OWN, *HOSTED))
         raise ConfigError(
-            "entry", name, f"one of {bases}, alone or with +sphere", "The four first also take +shrunk and +random."
+            "entry", name, f"one of {bases}, alone or with +sphere", "The controls are +shrunk and +random."
         )
     return base, variant or None
 
@@ -111,7 +111,7 @@ def _own(base: str, variant: str | None, given: SphereHyperParams, changes: dict
     values |= _known(changes, kind)
     strength = values["alpha"] if values["alpha"] is not None else dict(ALPHA_OF)[method]
     values["alpha"] = strength if variant else 0.0
-    values["control"] = variant if variant in ("shrunk", "random") else None
+    values["control"] = variant if variant in CONTROLS else None
     return kind(**values)
 
 
@@ -144,6 +144,8 @@ def _hosted(method: str, variant: str | None, path: Path, changes: Mapping[str, 
         setattr(hparams, key, value)
     # A block `sphere:` of the YAML says with which numbers.
     hparams.sphere = (getattr(hparams, "sphere", False) or True) if variant else False
+    if variant in CONTROLS:
+        hparams.control = variant
     return hparams
 
 
