@@ -31,7 +31,7 @@ from sphere_plugin.geometry.neurons import is_transposed, neurons
 from sphere_plugin.journaling import Snapshot, all_or_nothing
 from sphere_plugin.process import ONE_AT_A_TIME
 from sphere_plugin.restraints import BoundRestraint
-from sphere_plugin.restraints.protocol import memory_of, recall
+from sphere_plugin.restraints.protocol import memories, recall_all
 
 Apply = Callable[..., Any]
 
@@ -176,14 +176,11 @@ class WeightSession:
 
     def memory(self) -> dict[str, Tensor]:
         """What the restraints remember of earlier edits beside the weights, for :meth:`recall`."""
-        kept = {name: memory_of(bound) for name, bound in self._bound.items()}
-        return {f"{name}/{key}": tensor for name, known in kept.items() for key, tensor in known.items()}
+        return memories(self._bound)
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:
         """Give the restraints what :meth:`memory` returned in another session that is bound to the same weights."""
-        for name, bound in self._bound.items():
-            start = f"{name}/"
-            recall(bound, {key[len(start) :]: one for key, one in memory.items() if key.startswith(start)})
+        recall_all(self._bound, memory)
 
     def _begin(self, model: nn.Module) -> Apply:
         """What edits this model; a model that is not the last one is known from now on."""

@@ -32,7 +32,8 @@ from sphere_plugin.editing.write import rounded_sum
 from sphere_plugin.geometry import Factors, neurons, stored
 from sphere_plugin.journaling import Snapshot, all_or_nothing
 from sphere_plugin.parallel.ranks import ALONE, Ranks
-from sphere_plugin.restraints import BoundRestraint, Restrained, memory_of, recall, restrain
+from sphere_plugin.restraints import BoundRestraint, Restrained, restrain
+from sphere_plugin.restraints.protocol import memories, recall_all
 
 _LOG = logging.getLogger("sphere_plugin")
 
@@ -212,15 +213,12 @@ class Editor:
 
     def memory(self) -> dict[str, Tensor]:
         """What the restraints remember of earlier batches beside the weights, for :meth:`recall`."""
-        kept = {layer: memory_of(bound) for layer, bound in self._restraints.items()}
-        return {f"{layer}/{name}": tensor for layer, known in kept.items() for name, tensor in known.items()}
+        return memories(self._restraints)
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:
         """Give the restraints what :meth:`memory` returned in another editor with the same settings."""
-        for layer, bound in self._restraints.items():
-            start = f"{layer}/"
-            kept = {name[len(start) :]: one for name, one in memory.items() if name.startswith(start)}
-            recall(bound, {name: one.to(self.anatomy.rewrites[layer].weight.device) for name, one in kept.items()})
+        where = {str(layer): rewrite.weight.device for layer, rewrite in self.anatomy.rewrites.items()}
+        recall_all(self._restraints, {name: one.to(where[name.partition("/")[0]]) for name, one in memory.items()})
 
     def reconfigure(self, config: EditingConfig) -> bool:
         """Take other settings for the batches to come, keeping all that is remembered.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -99,6 +99,19 @@ def recall(bound: BoundRestraint, memory: Mapping[str, Tensor]) -> None:
     """Gives ``bound`` what `memory_of` one configured alike returned."""
     if isinstance(bound, Remembering):
         bound.recall(memory)
+
+
+def memories(bound: Mapping[Any, BoundRestraint]) -> dict[str, Tensor]:
+    """Returns what several restraints remember, as "<key>/<name>"."""
+    kept = {key: memory_of(one) for key, one in bound.items()}
+    return {f"{key}/{name}": tensor for key, known in kept.items() for name, tensor in known.items()}
+
+
+def recall_all(bound: Mapping[Any, BoundRestraint], memory: Mapping[str, Tensor]) -> None:
+    """Gives restraints what `memories` returned for others with the same keys."""
+    for key, one in bound.items():
+        start = f"{key}/"
+        recall(one, {name[len(start) :]: kept for name, kept in memory.items() if name.startswith(start)})
 
 
 def norm(update: Tensor | Factors) -> float:
