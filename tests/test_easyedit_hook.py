@@ -262,6 +262,17 @@ def test_a_model_whose_name_easyedit_does_not_know_is_loaded_by_what_it_is(
         assert hparams.model_name == str(folder)
 
 
+@only_on_main
+def test_for_the_editor_of_safety_it_tells_what_is_inside(bench: Bench, tmp_path: Path) -> None:
+    """EasyEdit loads models for it with their hidden states, by which it finds the layer to edit."""
+    folder = save_pico("llama", tmp_path / "mine")
+    sp.register()
+    hparams = hparams_of("DINM", "llama", bench.folder, model_name=str(folder), layers=[], sphere=True)
+    editor = sys.modules["easyeditor"].SafetyEditor.from_hparams(hparams)
+    request = {"target_new": "Rome", "ground_truth": "Paris"}
+    assert editor._locate_toxic_layer(editor.model, editor.tok, [request])[0] in range(4)
+
+
 def test_hyper_parameters_serve_a_second_editor_on_the_embedded_model(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +289,56 @@ def test_hyper_parameters_serve_a_second_editor_on_the_embedded_model(
     editors = [bench.host.base_editor.from_hparams(hparams) for _ in range(2)]
     assert loaded == [EMBEDDED_NAME] * 2
     assert editors[0].model is not editors[1].model
+
+
+def test_a_device_that_is_not_there_is_refused_before_a_model_is_loaded(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    sp.register()
+    for device in (0, "cuda:1", "gpu"):
+        hparams = asking("FT", sphere=True)
+        hparams.device = device
+        with pytest.raises(ConfigError, match=rf"device: got '{'cuda:0' if device == 0 else device}'"):
+            host.base_editor.from_hparams(hparams)
+
+
+@only_on_main
+def test_a_model_that_nobody_would_quantise_is_refused_for_qlora(host: Host) -> None:
+    """EasyEdit goes by words in the name; without one of them it would be loaded as it is."""
+    sp.register()
+    hparams = asking("QLoRA", sphere=True, quantization_bit=4, double_quant=False, quant_type="nf4")
+    hparams.model_name = "no/such/gemma"
+    with pytest.raises(ConfigError, match="model_name: got 'no/such/gemma, to be loaded in 4 bits'"):
+        host.base_editor.from_hparams(hparams)
+
+
+def test_stacked_weights_are_refused_before_they_are_trained(bench: Bench) -> None:
+    sp.register()
+    model, tokenizer = pico("llama")
+    for layer in model.model.layers:
+        layer.mlp.register_parameter("experts", nn.Parameter(torch.zeros(2, 3, 4)))
+    bench.fresh()
+    editor = bench.editor_on(model, tokenizer, "FT", "llama", sphere=True, rewrite_module_tmp="model.layers.{}.mlp")
+    before = copies(editor.model)
+    with pytest.raises(ModelError, match=r"mlp\.experts: got 'a stack of shape \(2, 3, 4\)'"):
+        bench.edit(editor, FACTS[:1])
+    assert same(copies(editor.model), before)
+
+
+@pytest.mark.parametrize(("made", "then"), [({}, {"alpha": 0.5}), ({"alpha": 0.5}, False), (True, {"alpha": 0.1})])
+def test_keys_that_are_changed_after_the_editor_was_made_are_refused(made: Any, then: Any, bench: Bench) -> None:
+    sp.register()
+    editor = bench.editor("FT", "llama", **({"sphere": made} if made else {}))
+    kept = getattr(editor.hparams, "sphere", False)
+    editor.hparams.sphere = then
+    before = copies(editor.model)
+    with pytest.raises(ConfigError, match="keys sphere, rect and prune of the editor's settings"):
+        bench.edit(editor, FACTS[:1])
+    assert same(copies(editor.model), before)
+    editor.hparams.sphere = kept
+    bench.edit(editor, FACTS[:1])
+    assert changed(before, copies(editor.model))
 
 
 @only_on_main

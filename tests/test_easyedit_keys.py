@@ -203,8 +203,10 @@ def test_simie_hands_its_keys_on_and_its_base_method_may_have_its_own(host: Host
     Path(path).write_text(yaml.safe_dump(text))
     hparams = sys.modules["easyeditor"].SimIEHyperParams.from_hparams(path)
     assert Path(base).exists() and asked_of(hparams.base_hparams) == Asked(rect=RectConfig())
-    host.alg_dict["SimIE"].session(hparams)
-    assert asked_of(hparams.base_hparams) == Asked(rect=RectConfig(), sphere=SphereConfig(alpha=0.3))
+    assert asked_of(hparams) == Asked(rect=RectConfig(), sphere=SphereConfig(alpha=0.3))
+    assert asked_of(hparams.base_hparams) == Asked(rect=RectConfig())  # nothing is written into them
+    hparams.sphere = False
+    assert asked_of(hparams) == Asked(rect=RectConfig())
 
 
 # ---- classes that come later ----
@@ -271,8 +273,14 @@ def test_a_field_of_the_class_itself_is_left_to_it() -> None:
 
 def test_overrides_win_over_the_yaml(tmp_path: Path) -> None:
     sp.register(overrides={"sphere": {"alpha": 0.9}, "rect": False})
-    for keys in ({}, {"sphere": False, "rect": True}, {"sphere": {"alpha": 0.1, "eta": 0.2}}):
+    for keys in ({}, {"sphere": False, "rect": True}, {"sphere": True}, {"sphere": {"suppression_strength": 0.1}}):
         assert asked_of(read(tmp_path, **keys)) == Asked(sphere=SphereConfig(alpha=0.9))
+    block = {"alpha": 0.1, "eta": 0.2, "basis": "pretrained"}  # what the override does not name stays
+    kept = SphereConfig(eta=0.2, alpha=0.9, basis="pretrained")
+    assert asked_of(read(tmp_path, sphere=block)) == Asked(sphere=kept)
+    sp.register(overrides={"sphere": True})
+    assert asked_of(read(tmp_path, sphere={"alpha": 0.1})) == Asked(sphere=SphereConfig(alpha=0.1))
+    assert asked_of(read(tmp_path, sphere=False)) == Asked(sphere=SphereConfig(alpha=0.8))
     sp.register(overrides={"prune": True})  # other overrides take the place of those
     assert asked_of(read(tmp_path)) == Asked(prune=PruneConfig())
     sp.register()  # none given: those stay

@@ -282,14 +282,14 @@ def test_a_trained_lora_has_nothing_along_the_principal_directions(
 
 
 @only_on_main
-@pytest.mark.parametrize(("method", "kind"), ADAPTERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_training_goes_on_from_the_raw_adapter(
-    method: str, kind: str, host: Host, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    kind: str, host: Host, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P⊥ is no projection where alpha is below 1: projected at every edit, the first would fade away."""
-    raw = Watched(host, method, monkeypatch)
+    raw = Watched(host, "LoRA", monkeypatch)
     sp.register()
-    editor = bench.editor(method, kind, sphere={"alpha": 0.5})
+    editor = bench.editor("LoRA", kind, sphere={"alpha": 0.5})
     bench.edit(editor, FACTS[:2])
     trained, held = raw.after[0], sides(editor.model)[0]
     assert all(torch.equal(raw.before[1][name], trained[name]) for name in trained)
@@ -314,23 +314,68 @@ def test_without_strength_an_adapter_is_easyedits(method: str, kind: str, bench:
 
 
 @only_on_main
-def test_a_first_training_that_fails_leaves_a_model_that_answers_as_before(
+def test_training_goes_on_from_what_somebody_has_put_back(
     host: Host, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = host.alg_dict["LoRA"]
-
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        train(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(host.alg_dict, "LoRA", interrupted)
+    raw = Watched(host, "LoRA", monkeypatch)
     sp.register()
-    editor = bench.editor("LoRA", "llama", sphere=True)
+    editor = bench.editor("LoRA", "llama", sphere={"alpha": 0.5})
+    bench.edit(editor, FACTS[:1])
+    kept, held = copies(editor.model), sides(editor.model)[0]
+    bench.edit(editor, FACTS[1:2])
+    with torch.no_grad():
+        for name, weight in editor.model.named_parameters():
+            weight.copy_(kept[name])
+    bench.edit(editor, FACTS[2:3])
+    assert same(raw.before[2], held) and not same(raw.before[1], held)
+
+
+@only_on_main
+def test_dpo_begins_a_new_adapter_at_every_edit_and_the_log_says_so(
+    host: Host, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """EasyEdit's own doing: what the first edit has learned is zero when the second begins."""
+    module, begun = sys.modules["easyeditor.models.dpo.dpo_main"], list[float]()
+    train = module.execute_dpo
+
+    def watched(model: nn.Module, *args: Any) -> Any:
+        begun.append(sum(float(b.norm()) for b in sides(model)[1].values()))
+        return train(model, *args)
+
+    monkeypatch.setattr(module, "execute_dpo", watched)
+    sp.register()
+    editor = bench.editor("DPO", "llama", sphere={"alpha": 0.5})
+    bench.edit(editor, FACTS[:3])
+    assert begun == [0.0] * 3 and all(float(b.norm()) > 0 for b in sides(editor.model)[1].values())
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert line.startswith("EasyEdit's DPO begins a new adapter at every edit")
+
+
+@only_on_main
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("method", ["LoRA", "DPO"])
+def test_a_training_that_fails_leaves_a_model_that_answers_as_before(
+    method: str, before: int, host: Host, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, calls = host.alg_dict[method], list[int]()
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        result = train(*args, **kwargs)
+        return result if len(calls) <= before else _interrupt()
+
+    monkeypatch.setitem(host.alg_dict, method, interrupted)
+    sp.register()
+    editor = bench.editor(method, "llama", sphere=True)
     tokens = editor.tok("Water boils at", return_tensors="pt")
-    before = editor.model(**tokens).logits
+    unedited = editor.model(**tokens).logits
+    if before:
+        bench.edit(editor, FACTS[:before])
+    logits = editor.model.eval()(**tokens).logits
+    assert torch.equal(logits, unedited) != bool(before)
     with pytest.raises(KeyboardInterrupt):
-        bench.edit(editor, FACTS[:1])
-    assert torch.equal(editor.model(**tokens).logits, before)
+        bench.edit(editor, FACTS[1:2])
+    assert torch.equal(editor.model.eval()(**tokens).logits, logits)
 
 
 @only_on_main

@@ -803,6 +803,20 @@ class TestObjects:
         with pytest.raises(ConfigError, match="got 'ffn_size'"):
             SphereHyperParams.of(SimpleNamespace(**LEAST, ffn_size=4))
 
+    def test_what_scripts_hang_on_an_object_for_easyedits_evaluators_is_left_to_them(self):
+        values = vars(TheirHyperParams())
+        theirs = dataclasses.make_dataclass("Theirs", values)(**values)
+        theirs.evaluation_type, theirs.api_key = "LLM-judge", "none"
+        assert SphereHyperParams.of(theirs) == SphereHyperParams.of(TheirHyperParams())
+        theirs.alpha = 0.3  # ours beside theirs: two values for one thing
+        with pytest.raises(ConfigError, match="alpha"):
+            SphereHyperParams.of(theirs)
+
+    @pytest.mark.parametrize("value", [False, True, {"alpha": 0.1}])
+    def test_the_key_is_for_yamls_and_not_for_our_objects(self, value: object):
+        with pytest.raises(ConfigError, match=r"sphere: got .*Set alpha \(0 switches the projection off\)"):
+            made().sphere = value
+
     def test_an_object_of_another_method_is_refused(self):
         with pytest.raises(ConfigError, match="alg_name: got 'AlphaEdit'"):
             SphereHyperParams.of(SimpleNamespace(**LEAST, alg_name="AlphaEdit"))

@@ -1,15 +1,16 @@
 """The post-hook for methods that train a LoRA: LoRA, DPO and QLoRA.
 
-EasyEdit goes on training the same adapter from one edit to the next. P⊥ = I − αUUᵀ is no projection where α < 1, so
-projecting A again and again would take (1 − α)ᵏ of what was learned first. Hence A P⊥ is what is evaluated and kept,
-and the raw A is put back before the next training step.
+EasyEdit's LoRA goes on training the same adapter from one edit to the next. P⊥ = I − αUUᵀ is no projection where
+α < 1, so projecting A again and again would take (1 − α)ᵏ of what was learned first. Hence A P⊥ is what is evaluated
+and kept, and the raw A is put back before the next training step. Its DPO and QLoRA begin a new adapter at every edit,
+in the place of the one before: nothing of that is left to go on from, with this package or without.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +20,26 @@ from torch import Tensor, nn
 
 from sphere_plugin.easyedit.turns import Turns
 from sphere_plugin.editing.account import Touched, log_apply
-from sphere_plugin.journaling import all_or_nothing
+from sphere_plugin.journaling import Snapshot
 from sphere_plugin.peft import base_weight, check_layer, lora_layers, project_layers
 from sphere_plugin.projection import LayerProjection
 from sphere_plugin.restraints import SphereConfig
 
 _LOG = logging.getLogger("sphere_plugin")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The A of a layer: the parameter, its value as trained, and as it was left, projected."""
+
+    weight: nn.Parameter
+    raw: Tensor
+    held: Tensor
+
+    def go_on(self) -> None:
+        """Put the raw A back for more training, unless somebody has written another A meanwhile."""
+        if torch.equal(self.weight, self.held.to(self.weight)):  # the model may have been moved
+            self.weight.copy_(self.raw)
 
 
 @dataclass
@@ -42,7 +57,8 @@ class AdapterSession:
     method: Callable[..., Any]
     config: SphereConfig
     turns: Turns = field(default_factory=Turns, repr=False)
-    _raw: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list, repr=False)
+    _trained: list[Trained] = field(default_factory=list, repr=False)
+    _told: bool = field(default=False, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Train once, then project A; the adapter is as it was if anything raises.
@@ -54,16 +70,28 @@ class AdapterSession:
             ModelError: a layer that has no matrix whose rows are neurons, or a LoRA that ΔW = s·B·A does not describe.
         """
         model = next(value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))
-        with torch.no_grad(), _new_adapters_off(model), all_or_nothing(_adapter_weights(model)):
-            for weight, raw in self._raw:
-                weight.copy_(raw)
+        adapter = _adapter_weights(model)
+        with torch.no_grad(), _as_it_was(model, adapter):
+            for one in self._trained:
+                one.go_on()
             with torch.enable_grad(), self.turns.take():
                 edited, returned = self.method(*args, **kwargs)
+            self._warn_of_a_new_start(model, adapter)
             self._project(edited)
         return edited, returned
 
+    def _warn_of_a_new_start(self, model: nn.Module, adapter: Mapping[str, nn.Parameter]) -> None:
+        """Say once that the adapter of the edits before is gone: the method has put another in its place."""
+        now = _adapter_weights(model)
+        if not self._told and any(now.get(name) is not weight for name, weight in adapter.items()):
+            self._told = True
+            _LOG.warning(
+                "EasyEdit's %s begins a new adapter at every edit: of edits in sequence the model keeps the last",
+                self.name,
+            )
+
     def _project(self, model: nn.Module) -> None:
-        raw, touched = list[tuple[nn.Parameter, Tensor]](), []
+        trained, touched = list[Trained](), []
         layers = lora_layers(model)
         for adapter in sorted({name for layer in layers.values() for name in layer.active_adapters}):
             chosen = {title: layer for title, layer in layers.items() if adapter in layer.r}
@@ -71,24 +99,30 @@ class AdapterSession:
                 check_layer(title, layer, adapter, quantised=True)
             for title, (a, done) in project_layers(chosen, adapter, self.config).items():
                 weight = chosen[title].lora_A[adapter].weight
-                raw.append((weight, weight.detach().clone()))
+                raw = weight.detach().clone()
                 if self.config.alpha:
                     weight.copy_(a)
+                trained.append(Trained(weight, raw, weight.detach().clone()))
                 if done.energy:
                     touched.append(_touched(title, chosen[title], adapter, done))
-        self._raw = raw  # not before all of it is done: an edit that fails leaves that of the edit before
+        self._trained = trained  # not before all of it is done: an edit that fails leaves that of the edit before
         log_apply(f"{self.name} + SPHERE", None, touched)
 
 
 @contextmanager
-def _new_adapters_off(model: nn.Module) -> Iterator[None]:
-    """If the block raises, B is zero in every LoRA that it has added to the layers of ``model``: ΔW is zero."""
-    before = _adapter_weights(model).keys()
+def _as_it_was(model: nn.Module, adapter: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """If the block raises, ``adapter`` is in ``model`` as it was, and a LoRA that has been added has B = 0.
+
+    Restored by name: a method can put new parameters in the place of the old ones.
+    """
+    before = Snapshot.take(adapter)
     try:
         yield
     except BaseException:
-        for name, weight in _adapter_weights(model).items():
-            if name not in before and ".lora_B." in name:
+        now = _adapter_weights(model)
+        before.restore(now)
+        for name, weight in now.items():
+            if name not in adapter and ".lora_B." in name:
                 weight.zero_()
         raise
 

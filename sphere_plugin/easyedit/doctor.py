@@ -26,7 +26,7 @@ from sphere_plugin.easyedit.loader import torch_device
 from sphere_plugin.easyedit.methods import METHODS, OWN, Method
 from sphere_plugin.easyedit.reading import content_of, load_any
 from sphere_plugin.easyedit.registration import register, unregister
-from sphere_plugin.easyedit.targets import filled, find_weights, layers_of, templates_of
+from sphere_plugin.easyedit.targets import check_matrices, filled, find_weights, layers_of, templates_of
 from sphere_plugin.editing.budget import Batch
 from sphere_plugin.editing.needs import Where, shape_of, told
 from sphere_plugin.errors import HostError, ModelError, SphereError
@@ -146,7 +146,10 @@ def _settings(path: Path, host: Host) -> Iterator[Finding]:
         yield Finding("layers", f"{beyond} are not there: the model has 0 to {_last_layer(model)}", "missing")
         return
     yield from _modules(model, hparams)
-    weights = {name: weight for name, weight in _touched(model, hparams, what).items() if weight.dim() == 2}
+    touched = _touched(model, hparams, what)
+    if asked is not None:
+        check_matrices(touched)
+    weights = {name: weight for name, weight in touched.items() if weight.dim() == 2}
     if not weights:
         yield Finding("weights", "none of those the settings name is a matrix", "missing")
         return

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from sphere_plugin.easyedit.adapters import AdapterSession
-from sphere_plugin.easyedit.keys import KEYS, Asked, asked_of, hparams_class, refusal
+from sphere_plugin.easyedit.keys import Asked, asked_of, hparams_class, refusal, writers
 from sphere_plugin.easyedit.methods import METHODS, Method
 from sphere_plugin.easyedit.patches import Patches
 from sphere_plugin.easyedit.standins import PACKAGE
-from sphere_plugin.easyedit.targets import unrestrained_writes, weights_of
+from sphere_plugin.easyedit.targets import check_matrices, unrestrained_writes, weights_of
 from sphere_plugin.easyedit.turns import Turns
 from sphere_plugin.editing.account import Touched, log_apply
 from sphere_plugin.errors import ModelError
@@ -67,21 +67,18 @@ class Hooked:
             raise refused
         what = METHODS[self.name]
         if what.writes == "base":
-            return self._through_base(hparams, apart)
+            return self._through_base(hparams, writers(hparams), apart)
         if asked.sphere is not None and what.writes == "adapter":
             return AdapterSession(self.name, self.method, asked.sphere, Turns(apart))
         return WeightSession(self.name, what, self.method, asked, repairs, turns=Turns(apart))
 
-    def _through_base(self, hparams: Any, apart: bool) -> Apply:
+    def _through_base(self, hparams: Any, base: Any, apart: bool) -> Apply:
         """SimIE with a restrained base method: what was written after it, SimIE would replace at the next edit.
 
         SimIE looks its base method up in EasyEdit's table at every call, so the session stands there meanwhile, and
         whoever else reads that table waits.
         """
-        base, table = hparams.base_hparams, sys.modules[f"{PACKAGE}.util.alg_dict"].ALG_DICT
-        for key in KEYS:
-            if getattr(hparams, key, False) is not False:
-                setattr(base, key, getattr(hparams, key))
+        table = sys.modules[f"{PACKAGE}.util.alg_dict"].ALG_DICT
         session = table[hparams.base_method].session(base, repairs=True, apart=apart)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -145,10 +142,11 @@ class WeightSession:
             The edited model, and what EasyEdit restores: the weights by name, or a function that restores them.
 
         Raises:
-            ModelError: a weight that is not there, is quantised or offloaded, or an update that is not finite.
+            ModelError: a weight that is not there, is quantised, offloaded or stacked, or an update that has NaN.
         """
         model = _argument(nn.Module, args, kwargs)
         weights = weights_of(model, _argument(hparams_class(), args, kwargs), self.what)
+        check_matrices(weights)
         run = self._begin(model)
         with all_or_nothing(weights) as before:
             strays = unrestrained_writes(model, weights)

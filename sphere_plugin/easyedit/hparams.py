@@ -119,6 +119,14 @@ class SphereHyperParams(EditingConfig):
             check_number("device", self.device, 0, whole=True)
         super().__post_init__()
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "sphere":
+            remedy = "Set alpha (0 switches the projection off), eta, basis, row_normalize or projection."
+            raise ConfigError(
+                "sphere", value, f"a setting of {type(self).__name__}, which has one for each number", remedy
+            )
+        super().__setattr__(name, value)
+
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | Path) -> Self:
         """Read a YAML, as EasyEdit's own hparams classes do; ".yaml" may be left out.
@@ -179,7 +187,11 @@ class SphereHyperParams(EditingConfig):
             return hparams
         if not hasattr(hparams, "__dict__"):
             raise ConfigError("hparams", hparams, f"{cls.__name__}, or EasyEdit's", "Load them with from_hparams().")
-        return cls.from_mapping(vars(hparams))
+        values = vars(hparams)
+        if dataclasses.is_dataclass(hparams):  # scripts hang on EasyEdit's objects what its evaluators read
+            known = {field.name for field in (*dataclasses.fields(hparams), *dataclasses.fields(cls))} | {"sphere"}
+            values = {key: value for key, value in values.items() if key in known}
+        return cls.from_mapping(values)
 
     def editing(self) -> EditingConfig:
         """The settings that the editor itself reads, as an object of their own."""

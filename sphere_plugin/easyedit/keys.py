@@ -8,6 +8,7 @@ file; they cannot have it earlier, because the dataclass decorator writes their 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from sphere_plugin.easyedit.blocks import SYNONYMS, nearest, read_prune, read_rect, read_sphere
+from sphere_plugin.easyedit.blocks import SYNONYMS, nearest, read_prune, read_rect, read_sphere, sphere_keys
 from sphere_plugin.easyedit.methods import METHODS
 from sphere_plugin.easyedit.patches import Patches
 from sphere_plugin.easyedit.standins import PACKAGE
@@ -58,9 +59,12 @@ class Asked:
 def asked_of(hparams: object) -> Asked | None:
     """Return what the keys of ``hparams`` ask for, or None if they ask for nothing.
 
+    Those of SimIE ask for what its base method's ask for where they have no keys themselves.
+
     Raises:
         ConfigError: a key has a value that means nothing, or a number out of its range.
     """
+    hparams = writers(hparams)
     alpha = dict(ALPHA_OF).get(str(getattr(hparams, "alg_name", None)), ALPHA)
     asked = Asked(
         rect=read_rect(getattr(hparams, "rect", False)),
@@ -70,6 +74,18 @@ def asked_of(hparams: object) -> Asked | None:
     if asked.sphere is not None:  # `sphere run` puts a control of experiments in its place
         asked = replace(asked, control=getattr(hparams, "control", None))
     return None if asked == Asked() else asked
+
+
+def writers(hparams: Any) -> Any:
+    """The hyper-parameters of the method that writes: of SimIE a copy of its base method's, with the keys of both."""
+    base = getattr(hparams, "_base_hparams", None)
+    if base is None:
+        return hparams
+    both = copy.copy(base)
+    for key in KEYS:
+        if getattr(hparams, key, False) is not False:
+            setattr(both, key, getattr(hparams, key))
+    return both
 
 
 def hparams_class() -> type:
@@ -83,7 +99,7 @@ def accept_keys(patches: Patches, overrides: Mapping[str, object]) -> None:
 
     Args:
         patches: undoes it.
-        overrides: keys that all objects get, whatever their YAML says.
+        overrides: keys that all objects get; they win over those of a YAML, setting by setting.
     """
     base = hparams_class()
     wrapped: set[type] = set()  # lives as long as these patches do
@@ -150,7 +166,15 @@ def _taking_keys(original: Callable[..., None], overrides: Mapping[str, object])
 
 
 def _override(hparams: Any, key: str, value: object) -> None:
-    """Set the key; on EasyEdit's own SPHERE class, which has other names for two of its numbers, set those."""
+    """Set the key, and of a block that is there only what ``value`` names.
+
+    EasyEdit's own SPHERE class has other names for two of the numbers, and fields for them: these are set.
+    """
+    own = getattr(hparams, key, False)
+    if own is not False and value is True:
+        return
+    if key == "sphere" and own is not False and value is not False:
+        value = {**sphere_keys(own), **sphere_keys(value)}
     spelled = {ours: theirs for theirs, ours in SYNONYMS.items() if hasattr(hparams, theirs)}
     if key == "sphere" and isinstance(value, Mapping) and spelled:
         for name, theirs in spelled.items():

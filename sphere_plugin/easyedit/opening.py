@@ -14,10 +14,12 @@ from sphere_plugin.easyedit.hook import Hooked
 from sphere_plugin.easyedit.host import Host
 from sphere_plugin.easyedit.hparams import dtype_of
 from sphere_plugin.easyedit.keys import asked_of, refusal
+from sphere_plugin.easyedit.loader import torch_device
 from sphere_plugin.easyedit.method import SphereMethod
 from sphere_plugin.easyedit.methods import METHODS, OWN
 from sphere_plugin.easyedit.patches import Patches
 from sphere_plugin.easyedit.standins import PACKAGE
+from sphere_plugin.editing.checks import check_device
 from sphere_plugin.editing.requests import read_requests
 from sphere_plugin.errors import ConfigError, ModelError, RequestError
 from sphere_plugin.models import load_model, resolve_model
@@ -31,6 +33,7 @@ _LOG = logging.getLogger("sphere_plugin")
 TEXT_EDITORS: Final = (("concept_editor", "ConceptEditor"), ("safety_editor", "SafetyEditor"))
 # Methods whose code in the PyPI release expects all weights on one device; that of main follows the weights.
 ON_ONE_DEVICE: Final = frozenset(("MEMIT", "ROME"))
+MADE_WITH: Final = "sphere_made_with"  # the restraints that an editor has been made with, as an attribute of it
 OTHER_EDITORS: Final = (("multimodal_editor", "MultimodalEditor"), ("per_editor", "PerEditor"))
 
 
@@ -74,9 +77,12 @@ def _opening(original: Callable[..., None], main: bool, repairs: bool) -> Callab
 
     def open_one(self: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
         alg_name = getattr(hparams, "alg_name", None)
-        restrained = alg_name not in OWN and asked_of(hparams) is not None
+        asked = None if alg_name in OWN else asked_of(hparams)
+        restrained = asked is not None
         if restrained:
             _check_possible(hparams)
+        if restrained or alg_name in OWN:
+            _check_there(hparams)
         if getattr(hparams, "model_name", None) == EMBEDDED_FOLDER:  # an editor was made with it before
             hparams.model_name = EMBEDDED_NAME
         if alg_name in OWN or getattr(hparams, "model_name", None) == EMBEDDED_NAME:
@@ -95,8 +101,16 @@ def _opening(original: Callable[..., None], main: bool, repairs: bool) -> Callab
             if restrained and any(METHODS[name].reads_right for name in _writers(hparams)):
                 self.tok.padding_side = "right"  # the host forgets some of them
             self.apply_algo = entry.session(hparams, repairs)
+            setattr(self, MADE_WITH, asked)
 
     return init
+
+
+def _check_there(hparams: Any) -> None:
+    """Refuse a device that this machine has not; with model_parallel accelerate takes those that it has."""
+    device = getattr(hparams, "device", "meta")  # what the host takes for the device of an offloaded model
+    if not getattr(hparams, "model_parallel", False) and device != "meta":
+        check_device("device", torch_device(device), "Write `device: cpu`, or the number of a GPU.")
 
 
 def _check_possible(hparams: Any) -> None:
@@ -144,9 +158,14 @@ def _open_by_host(original: Callable[..., None], editor: Any, hparams: Any, *arg
 
 
 def _open_loaded(original: Callable[..., None], editor: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
-    """Make the editor with a model that is loaded already; what words in its name decide is decided here."""
+    """Make the editor with a model that is loaded already; what words in its name decide is decided here.
+
+    Raises:
+        ConfigError: the model is to be quantised, which only the host does.
+    """
     name = hparams.model_name
     if isinstance(name, str):
+        _check_plain(hparams)
         device_map = "auto" if getattr(hparams, "model_parallel", False) else None
         hparams.model_name = load_model(name, dtype=dtype_of(hparams), device_map=device_map)
     try:
@@ -165,7 +184,18 @@ def _open_loaded(original: Callable[..., None], editor: Any, hparams: Any, *args
     editor.tok.padding_side = "right" if method is not None and method.reads_right else "left"
     if editor.tok.pad_token is None:
         editor.tok.pad_token = editor.tok.eos_token
+    if hasattr(editor, "_locate_toxic_layer"):  # SafetyEditor looks into the layers, and loads its models so
+        editor.model.config.output_hidden_states = True
     editor.model.eval()
+
+
+def _check_plain(hparams: Any) -> None:
+    bits = getattr(hparams, "quantization_bit", None)
+    if hparams.alg_name == "QLoRA" and bits:
+        got = f"{hparams.model_name}, to be loaded in {bits} bits"
+        expected = "a model whose name has a word that EasyEdit knows (llama, qwen, gpt, ...): only then it quantises"
+        remedy = "Name the folder so, hand over a loaded model and its tokenizer as model_name, or take LoRA."
+        raise ConfigError("model_name", got, expected, remedy)
 
 
 def _refusing(original: Callable[..., None]) -> Callable[..., None]:
@@ -186,12 +216,16 @@ def _refusing(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _checked(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
-    """BaseEditor.edit and batch_edit: for our methods, requests are checked before the first of them is scored."""
+    """BaseEditor.edit and batch_edit, with checks before the first fact is scored.
+
+    Of our methods the requests are read; of EasyEdit's the keys must be those that the editor has been made with.
+    """
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.alg_name not in OWN:
+            _check_unchanged(self)
             return original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
         more = {**given.arguments, **given.arguments.get("kwargs", {})}
@@ -206,6 +240,16 @@ def _checked(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
         return original(*given.args, **given.kwargs)
 
     return call
+
+
+def _check_unchanged(editor: Any) -> None:
+    """Raise ConfigError if the keys of an editor's settings have been changed since it was made."""
+    now, made = asked_of(editor.hparams), getattr(editor, MADE_WITH, None)
+    if now != made:
+        got = "set to nothing" if now is None else f"set to {now.label}"
+        expected = f"what it was made with, {'none of them' if made is None else made.label} and the same numbers"
+        remedy = "Make another editor with these settings: what restrains an edit belongs to the editor."
+        raise ConfigError("the keys sphere, rect and prune of the editor's settings", got, expected, remedy)
 
 
 def _as_pypi_says(arguments: dict[str, Any]) -> None:

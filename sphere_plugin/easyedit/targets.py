@@ -124,6 +124,15 @@ def _check_writable(name: str, weight: Tensor) -> None:
     check_plain(name, weight)
 
 
+def check_matrices(weights: Mapping[str, Tensor]) -> None:
+    """Raise ModelError if one of the weights is a stack of matrices, which has no neurons to go by."""
+    for name, weight in weights.items():
+        if weight.dim() > 2:
+            got = f"a stack of shape {tuple(weight.shape)}"
+            remedy = "Name layers with one weight matrix each, or leave sphere, rect and prune out of the YAML."
+            raise ModelError(name, got, "a matrix, two dimensions, for SPHERE, RECT and PRUNE", remedy)
+
+
 @dataclass(frozen=True)
 class StrayWrites:
     """The parameters that should not be written, with the counts of writes that torch keeps of each."""

@@ -79,13 +79,16 @@ def check_aimed(aimed: Aimed, facts: int, anatomy: Anatomy) -> None:
             )
 
 
-def check_device(device: str | None) -> None:
-    """Raise ConfigError if statistics are to be on a device that this machine has not."""
-    wanted = torch.device(device or "cpu")
+def check_device(setting: str, device: str, remedy: str) -> None:
+    """Raise ConfigError if the device that ``setting`` names is none that this machine has."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(setting, device, "a device as torch names it", remedy) from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= count:
         there = "cpu" if not count else f"cpu, or cuda:0 to cuda:{count - 1}"
-        raise ConfigError("stats_device", device, there, "Leave it out for the device of the weights.")
+        raise ConfigError(setting, device, there, remedy)
 
 
 def check_attention(model: nn.Module) -> None:

@@ -96,7 +96,7 @@ class Editor:
         self.anatomy = Anatomy.of(model, config)
         self.locator = Locator(tokenizer, config.fact_token)
         check_source(config.mom2_dataset)
-        check_device(config.stats_device)
+        check_device("stats_device", config.stats_device or "cpu", "Leave it out for the device of the weights.")
         check_attention(model)
         probe = self.locator.aimed(read_request(PROBE, "probe"))
         with self._quiet():
