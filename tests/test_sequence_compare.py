@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pico_runs import (
     COLLAPSING,
     ROOT,
@@ -201,6 +202,33 @@ def test_a_process_that_is_killed_ends_its_own_entry(
     assert ended[0].failed == "its process ended with code -9 (killed, for want of memory most likely)"
     assert ended[1].failed is ended[1].stopped is None and seen
     record_property("kills", 1)
+
+
+def _says_its_threads(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
+    (folder.parent / f"{settings.entries[0]}.threads").write_text(os.environ["OMP_NUM_THREADS"])
+    return Ended(settings.entries[0], 12)
+
+
+@forks
+def test_runs_go_on_with_the_threads_they_began_with(hparams: Path, tmp_path: Path, monkeypatch) -> None:
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(comparing, "_work", _says_its_threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    told = settings(hparams, "memit,rect,prune,alphaedit", edits=2, batch_size=2, checkpoints=[])
+
+    def threads(jobs: int) -> dict[str, int]:
+        compare(told, tmp_path, jobs)
+        return {entry: int((tmp_path / f"{entry}.threads").read_text()) for entry in told.entries}
+
+    assert threads(2) == dict.fromkeys(told.entries, 3)
+    for entry, began in (("rect", 2), ("prune", 4)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda began=began: began)
+        start(told.for_entry(entry), tmp_path / entry)
+    (tmp_path / "memit").mkdir()
+    (tmp_path / "memit" / "manifest.json").write_text("{")  # whoever goes on with it says so, the others go on
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert threads(1) == {"memit": 2, "rect": 2, "prune": 4, "alphaedit": 2}
 
 
 def _says_who_it_is(settings: RunSettings, folder: Path, guarded: bool) -> Ended:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -20,7 +21,7 @@ from sphere_plugin.journaling import Journal
 from sphere_plugin.journaling.disk import numbered
 from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.sequence.guard import Events
-from sphere_plugin.sequence.manifest import COMPARISON, NAME
+from sphere_plugin.sequence.manifest import COMPARISON, NAME, read_manifest
 from sphere_plugin.sequence.runner import Run, check, resume, start
 from sphere_plugin.sequence.settings import RunSettings
 from sphere_plugin.sequence.workers import logged, workers_environment
@@ -82,7 +83,8 @@ def compare(
     Args:
         settings: of the comparison.
         folder: for the entries' folders.
-        jobs: entries at a time; the threads of torch are shared out among them.
+        jobs: entries at a time; the threads of torch are shared out among them, but entries that have begun, and all
+            others with them, keep to the number they began with.
         progress: told the number of edits done, of all entries, from time to time.
         guarded: see `resume`.
         ranks: see `Run`.
@@ -99,8 +101,7 @@ def compare(
     if ranks.size > 1:
         return _one_after_the_other(tasks, progress or (lambda done: None), guarded, ranks)
     if settings.share_targets:  # once, before two entries look for them at the same time
-        with workers_environment(max(1, torch.get_num_threads() // jobs)):
-            _side_by_side(_find_targets, tasks[:1], 1, guarded, lambda: None)
+        _side_by_side(_find_targets, tasks[:1], jobs, guarded, lambda: None)
     return run_all(tasks, jobs, progress, guarded)
 
 
@@ -113,8 +114,7 @@ def run_all(
         How each ended, in the order of ``tasks``.
     """
     told = progress or (lambda done: None)
-    with workers_environment(max(1, torch.get_num_threads() // jobs)):
-        return _side_by_side(_work, tasks, jobs, guarded, lambda: told(sum(task.done for task in tasks)))
+    return _side_by_side(_work, tasks, jobs, guarded, lambda: told(sum(task.done for task in tasks)))
 
 
 def _one_after_the_other(
@@ -141,7 +141,8 @@ def _side_by_side(
                 answers, theirs = context.Pipe(duplex=False)
                 arguments = (theirs, work, task.settings, task.folder, guarded)
                 process = context.Process(target=_answer, args=arguments, daemon=True)
-                process.start()
+                with workers_environment(_threads(task, tasks, jobs)):
+                    process.start()
                 theirs.close()
                 running[answers] = number, process
             for ready in wait(list(running), timeout=_EVERY):
@@ -152,6 +153,16 @@ def _side_by_side(
         for _, process in running.values():
             process.terminate()
     return [ended[number] for number in range(len(tasks))]
+
+
+def _threads(task: Task, tasks: Sequence[Task], jobs: int) -> int:
+    """An even share, or as many as the run began with, or another of them: last digits depend on it."""
+    for folder in (task.folder, *(one.folder for one in tasks)):
+        with suppress(SphereError):  # there is no manifest yet, or whoever goes on with that run will hear of it
+            began = read_manifest(folder).get("threads")
+            if isinstance(began, int) and began > 0:
+                return began
+    return max(1, torch.get_num_threads() // jobs)
 
 
 def _answer(answers: Any, work: Work, settings: RunSettings, folder: Path, guarded: bool) -> None:
