@@ -220,9 +220,24 @@ def test_sphere_is_compared_within_its_comparison(runs, tmp_path) -> None:
     for order in ("one", "two"):
         shutil.copytree(runs, tmp_path / order)
     ended = [audited(tmp_path / order / entry) for order in ("one", "two") for entry in ("memit", "memit+sphere")]
-    pairs = [line for line in table(ended, ()) if line.startswith("SPHERE on")]
-    alone = [line for line in table(ended[:2], ()) if line.startswith("SPHERE on")]
+    pairs, alone = _pairs_of(ended), _pairs_of(ended[:2])
     assert pairs == alone * 2 and len(alone) == 1
+
+
+def test_sphere_is_compared_with_the_run_that_has_most_settings_in_common(runs) -> None:
+    """Another run of the method alone beside it, whose learning rate is another one."""
+    expected = _pairs_of([audited(runs / entry) for entry in ENTRIES])
+    for name, changes in (("other", {"v_lr": 0.1}), ("zother", {"v_lr": 0.2})):
+        folder = shutil.copytree(runs / "memit", runs / name)
+        manifest = read_json(folder / "manifest.json") | {"label": name}
+        manifest["method"]["hparams"] |= changes
+        write_json(folder / "manifest.json", manifest)
+    names = ("other", *ENTRIES, "zother")
+    assert _pairs_of([audited(runs / name) for name in names]) == expected != []
+
+
+def _pairs_of(runs) -> list[str]:
+    return [line for line in table(runs, ()) if line.startswith("SPHERE on")]
 
 
 def test_edits_are_not_taken_back_while_they_are_audited(runs) -> None:

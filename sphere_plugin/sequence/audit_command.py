@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sphere_plugin.errors import ConfigError, ModelError
@@ -18,6 +19,7 @@ from sphere_plugin.parallel.joining import joined
 from sphere_plugin.parallel.ranks import Ranks
 from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
+from sphere_plugin.report.studies import distance
 from sphere_plugin.sequence.audit import Options, RunAudit
 from sphere_plugin.sequence.finished import moments_of, runs_in
 from sphere_plugin.sequence.panel import convene
@@ -106,14 +108,14 @@ def _row(one: RunAudit, edits: int, kind: str) -> list[str]:
 
 
 def _pairs(runs: Sequence[RunAudit], kind: str) -> list[str]:
-    """ΔU of x+sphere minus ΔU of x in the same comparison."""
-    plain = {_place(one, one.entry): one for one in runs}
+    """ΔU of x+sphere minus ΔU of x in the same comparison; of several x the one that a report takes."""
     lines = []
     for one in runs:
         entry = one.entry.removesuffix("+sphere")
-        base = plain.get(_place(one, entry))
-        if base is None or entry == one.entry:
+        alone = [base for base in runs if _place(base, base.entry) == _place(one, entry)]
+        if entry == one.entry or not alone:
             continue
+        base = min(alone, key=partial(distance, one))
         for edits in sorted(set(base.moments) & set(one.moments)):
             audits = (base.audits.get(0), base.audits.get(edits), one.audits.get(edits))
             found = None if None in audits else lowered(*audits, kind)  # type: ignore[arg-type]
@@ -124,9 +126,10 @@ def _pairs(runs: Sequence[RunAudit], kind: str) -> list[str]:
     return lines
 
 
-def _place(one: RunAudit, entry: str) -> tuple[Path, object, str]:
-    """Where a run of ``entry`` on the same edits would be."""
-    return one.folder.parent, (one.manifest.get("data") or {}).get("order"), entry
+def _place(one: RunAudit, entry: str) -> tuple[Path, object, bool, str]:
+    """Where a run of ``entry`` on the same edits and kind of targets would be."""
+    order, shared = (one.manifest.get("data") or {}).get("order"), bool(one.manifest.get("share_targets"))
+    return one.folder.parent, order, shared, entry
 
 
 def _change(change: Change) -> list[str]:
