@@ -116,6 +116,20 @@ def test_the_readme_says_what_was_measured_at_that_very_moment(tmp_path: Path) -
     assert "was not measured after 6 of them" in (tmp_path / "six" / "README.md").read_text()
 
 
+def test_the_readme_has_the_scores_of_the_protocol(tmp_path: Path) -> None:
+    Run(tmp_path)
+    manifest = read_json(tmp_path / "manifest.json")
+    protocol = {"efficacy": "exact", "generalization": "exact", "specificity": "tokens"}
+    write_json(tmp_path / "manifest.json", manifest | {"protocol": protocol})
+    scores = {name: [0.75, 0.25] for name in ("efficacy", "generalization", "specificity", "locality")}
+    exact = {f"{name}_exact": [1.0, 1.0] for name in ("efficacy", "generalization", "specificity")}
+    write_json(tmp_path / "checkpoints" / "000006.json", {"scored": [0, 1], "scores": scores | exact | {"nll": 3.0}})
+    sp.export(tmp_path, tmp_path / "out")
+    told = (tmp_path / "out" / "README.md").read_text()
+    assert "| efficacy (exact) | 100.0 (of 2) |" in told and "| generalization (exact) | 100.0 (of 2) |" in told
+    assert "| specificity (tokens) | 50.0 (of 2) |" in told and "| locality | 50.0 (of 2) |" in told
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path)
     other = save_pico("llama", tmp_path / "other", seed=1)

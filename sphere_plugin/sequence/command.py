@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import CacheError, ConfigError, SphereError
+from sphere_plugin.evaluation.scores import score_key
 from sphere_plugin.files import read_json
 from sphere_plugin.journaling.revisit import RESTORE
 from sphere_plugin.parallel.environment import log_name
@@ -241,8 +242,7 @@ def _scored(folder: Path, edits: int) -> str:
     scores, protocol = read_json(path)["scores"], read_manifest(folder)["protocol"]
     told = []
     for name in ("efficacy", "generalization", "specificity"):
-        column = scores[name if protocol[name] == "tokens" else f"{name}_exact"]
-        known = [value for value in column if value is not None]
+        known = [value for value in scores[score_key(name, protocol)] if value is not None]
         told += [f"{name} {100 * fmean(known):.1f}"] if known else []
     nll = scores["nll"]
     parts = [
