@@ -15,13 +15,14 @@ from sphere_plugin.errors import CacheError, ConfigError, RequestError
 from sphere_plugin.evaluation.abilities import Suite
 from sphere_plugin.evaluation.tallies import path_of, read_tallies, read_tally
 from sphere_plugin.files import read_json, write_json
+from sphere_plugin.journaling import run_lock
 from sphere_plugin.journaling.revisit import Revisited
 from sphere_plugin.journaling.undoing import undo
 from sphere_plugin.sequence import abilities_command, measured
 from sphere_plugin.sequence.abilities import AbilityPlan
 from sphere_plugin.sequence.manifest import COMPARISON
 from sphere_plugin.sequence.measured import Abilities, AbilitiesAlong
-from sphere_plugin.sequence.runner import check, start
+from sphere_plugin.sequence.runner import check, resume, start
 from sphere_plugin.sequence.settings import RunSettings
 
 TASKS = ["nq", "rte"]
@@ -134,6 +135,26 @@ def test_data_is_looked_at_before_anything_starts(here, hparams, tmp_path) -> No
 
 
 # ---- in a run ----
+
+
+def test_a_run_leaves_a_moment_to_whoever_measures_there(here, hparams, run, tmp_path, monkeypatch, caplog) -> None:
+    """What `sphere abilities` measures meanwhile is not lost, and the run does not end for it."""
+    folder, told = tmp_path / "run", short(here, hparams)
+    with run_lock(folder / "abilities"):
+        assert start(told, folder).edits == 6
+    assert "not measured: abilities after 4" in caplog.text and "sphere abilities --at 4" in caplog.text
+    assert read_tallies(folder) == {} and prints(folder) == prints(run)
+
+    measure = Suite.measure
+
+    def refused(*arguments):
+        with pytest.raises(CacheError, match="held by process"), run_lock(folder / "abilities"):
+            pass
+        return measure(*arguments)
+
+    monkeypatch.setattr(Suite, "measure", refused)
+    resume(folder)
+    assert stored(folder) == {6: stored(run)[6]}
 
 
 def test_a_run_is_not_disturbed(here, hparams, run, tmp_path) -> None:
