@@ -363,6 +363,13 @@ def test_a_model(here, tmp_path, capsys, monkeypatch) -> None:
     assert files(tmp_path / "out") == kept
 
 
+def test_a_model_in_the_folder_of_a_comparison(here, tmp_path, capsys) -> None:
+    write_json(tmp_path / "both" / COMPARISON, {})
+    out = tmp_path / "both" / "unedited"
+    assert abilities(save_pico("llama", tmp_path / "model"), *flags(here, "--out", out)) == 0, capsys.readouterr().err
+    assert list(files(out)) == ["abilities/000000.json"]
+
+
 def test_the_command_of_a_run_takes_the_block(here, hparams, tmp_path, capsys) -> None:
     told = mapping(hparams, "memit", edits=2, checkpoints=[], sample=1, abilities=block(here, tasks="rte", every=2))
     path = write_yaml(tmp_path / "run.yaml", told)

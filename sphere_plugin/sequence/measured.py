@@ -19,7 +19,7 @@ from sphere_plugin.evaluation.tallies import FOLDER, path_of, read_tallies, read
 from sphere_plugin.journaling import run_lock
 from sphere_plugin.journaling.disk import plain
 from sphere_plugin.models.placement import input_device
-from sphere_plugin.sequence.manifest import COMPARISON, read_manifest, surroundings
+from sphere_plugin.sequence.manifest import COMPARISON, NAME, read_manifest, surroundings
 from sphere_plugin.sequence.settings import RunSettings
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -102,8 +102,8 @@ class Abilities:
         return kept
 
     def _elsewhere(self, name: str, weights: str) -> dict[str, Any] | None:
-        """A score of the unedited model in another entry of the same comparison."""
-        if self._folder is None or not (self._folder.parent / COMPARISON).exists():
+        """A score of the unedited model in another entry of the same comparison; none of a model without a run."""
+        if self._folder is None or not all(map(Path.exists, (self._folder.parent / COMPARISON, self._folder / NAME))):
             return None
         own = read_manifest(self._folder)["model"]
         for path in sorted(self._folder.parent.glob(f"*/{FOLDER}/{path_of(Path(), 0).name}")):
