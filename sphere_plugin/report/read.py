@@ -212,7 +212,7 @@ def _stopped(path: Path) -> str:
     told = read_json(path, _REMEDY)
     told = told if isinstance(told, list) else _object(told, path).get("events")  # older versions wrote a list
     events = [_object(one, path) for one in _list(told, path, "events")]
-    if not events or events[-1].get("action") in ("warn", "off"):
+    if not events or events[-1].get("action") in ("warn", "off", "undo"):
         return ""
     return f"its guard ended it after {events[-1].get('edits')} edits: {events[-1].get('reason')}"
 

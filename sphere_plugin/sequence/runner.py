@@ -177,6 +177,7 @@ class Run:
         check_same(self.folder, read_manifest(self.folder), self._manifest())
         if off:
             self.events.add(edits, "--without-guard", "off", edits)
+        self.events.go_on(edits)
         self._follow(orientations(self.entrant.model, self.weights))
         number = len(self.journal)
         self.crew.put(self.journal.weights_after(number))
