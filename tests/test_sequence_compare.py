@@ -150,9 +150,14 @@ def test_targets_of_host_methods_cannot_be_shared(hosted: str, hparams: Path, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_shared_targets_are_searched_for_alike(hparams: Path, tmp_path: Path) -> None:
-    told = settings(hparams, "memit,rect", share_targets=True, settings={"rect": {"v_lr": 0.1}})
-    with pytest.raises(ConfigError, match=r"v_lr of rect: got 0.1, expected 0.5, as all entries\. Give it to all"):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("v_lr", 0.1), ("seed", 7), ("context_template_length_params", [[3, 2]]), ("bf16", True), ("fp16", True)],
+)
+def test_shared_targets_are_searched_for_alike(key: str, value: object, hparams: Path, tmp_path: Path) -> None:
+    """With the same search, behind the same prefixes, on the same model."""
+    told = settings(hparams, "memit,rect", share_targets=True, settings={"rect": {key: value}})
+    with pytest.raises(ConfigError, match=rf"{key} of rect: got .*, as all entries\. Give it to all"):
         compare(told, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="--jobs: got 0"):
@@ -189,6 +194,9 @@ def _kills_itself(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
 
 
 @forks
+
+
+def test_a_number_of_jobs_is_checked(hparams: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_a_process_that_is_killed_ends_its_own_entry(
     jobs: int, hparams: Path, tmp_path: Path, monkeypatch, record_property
