@@ -145,7 +145,7 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
     if arguments.compare is not None and arguments.entry is not None:
         raise ConfigError("--entry", arguments.entry, "one of --entry and --compare", "Name all entries in --compare.")
     if arguments.compare is not None or arguments.entry is not None:
-        content["entries"] = parse(arguments.compare or arguments.entry)
+        content["entries"] = parse(arguments.entry if arguments.compare is None else arguments.compare)
     if arguments.hparams is not None:
         content["hparams"] = arguments.hparams
     if arguments.model is not None:
