@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -105,6 +106,15 @@ def test_the_unedited_model_is_scored_once(hparams: Path, tmp_path: Path, monkey
     assert scores(tmp_path / "alone" / "rect")[0] == scores(tmp_path / "out" / "memit")[0], "it makes no difference"
 
 
+def test_without_guard_is_for_entries_that_have_not_begun_too(tmp_path: Path) -> None:
+    hparams, data = place(tmp_path / "place"), facts(tmp_path / "facts.json")
+    told = settings(hparams, "memit", data=str(data), order=None, edits=4, checkpoints=[], guard={"energy": 0.3})
+    told = dataclasses.replace(told, settings={"memit": COLLAPSING})
+    assert comparing._work(told, tmp_path / "watched", True).stopped
+    assert comparing._work(told, tmp_path / "free", False) == Ended("memit", 4)
+    assert comparing._work(told, tmp_path / "free", True) == Ended("memit", 4), "for good"
+
+
 @forks
 def test_targets_are_shared_and_that_is_told(hparams: Path, tmp_path: Path, sphere: Server) -> None:
     yaml, out = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit")), tmp_path / "out"
@@ -160,6 +170,9 @@ def test_shared_targets_are_searched_for_alike(key: str, value: object, hparams:
     with pytest.raises(ConfigError, match=rf"{key} of rect: got .*, as all entries\. Give it to all"):
         compare(told, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_number_of_jobs_is_checked(hparams: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--jobs: got 0"):
         compare(settings(hparams, "memit,rect"), tmp_path / "out", jobs=0)
 
@@ -194,9 +207,6 @@ def _kills_itself(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
 
 
 @forks
-
-
-def test_a_number_of_jobs_is_checked(hparams: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_a_process_that_is_killed_ends_its_own_entry(
     jobs: int, hparams: Path, tmp_path: Path, monkeypatch, record_property

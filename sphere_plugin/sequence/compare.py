@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import threading
@@ -86,7 +87,7 @@ def compare(
         jobs: entries at a time; the threads of torch are shared out among them, but entries that have begun, and all
             others with them, keep to the number they began with.
         progress: told the number of edits done, of all entries, from time to time.
-        guarded: see `resume`.
+        guarded: see `resume`; entries that have not begun begin without a guard.
         ranks: see `Run`.
 
     Raises:
@@ -215,7 +216,8 @@ def _work(settings: RunSettings, folder: Path, guarded: bool, ranks: Ranks = ALO
         if stopped is not None:
             return Ended(entry, _done(settings, folder), stopped=stopped)
         with logged(folder):
-            outcome = resume(folder, None, guarded, ranks) if begun else start(settings, folder, None, ranks)
+        fresh = settings if guarded else dataclasses.replace(settings, guard=None)
+            outcome = resume(folder, None, guarded, ranks) if begun else start(fresh, folder, None, ranks)
     except RanksError:  # there are no processes for another entry
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it ends this entry only
