@@ -106,6 +106,30 @@ def test_the_unedited_model_is_scored_once(hparams: Path, tmp_path: Path, monkey
     assert scores(tmp_path / "alone" / "rect")[0] == scores(tmp_path / "out" / "memit")[0], "it makes no difference"
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("manifest.json", "a folder without a run. Continue it with --resume"),
+        ("comparison.json", "a folder without a run. Continue it with --resume"),
+        ("sweep.json", "a folder without a sweep. Continue it with --resume"),
+        ("two/memit/manifest.json", "a folder with no run below it. Choose another one: "),
+    ],
+)
+def test_a_run_does_not_hide_others(file: str, said: str, hparams: Path, tmp_path: Path, capsys) -> None:
+    yaml, out = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit")), tmp_path / "out"
+    write_json(out / file, {})
+    for more in ((), ("--compare", "memit,rect")):
+        assert main(["run", str(yaml), "--out", str(out), *more]) == 1
+        assert f"--out: got '{out}', expected {said}" in capsys.readouterr().err
+    assert list(files(out)) == [file]
+
+
+def test_a_sweep_is_no_run_to_go_on_with(tmp_path: Path, capsys) -> None:
+    write_json(tmp_path / "sweep.json", {})
+    assert main(["run", "--resume", str(tmp_path)]) == 1
+    assert f"Continue it with `sphere sweep --resume {tmp_path}`." in capsys.readouterr().err
+
+
 def test_without_guard_is_for_entries_that_have_not_begun_too(tmp_path: Path) -> None:
     hparams, data = place(tmp_path / "place"), facts(tmp_path / "facts.json")
     told = settings(hparams, "memit", data=str(data), order=None, edits=4, checkpoints=[], guard={"energy": 0.3})

@@ -20,6 +20,7 @@ from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import CacheError, ConfigError, SphereError
 from sphere_plugin.evaluation.scores import score_key
 from sphere_plugin.files import read_json
+from sphere_plugin.folders import SWEEP
 from sphere_plugin.journaling.revisit import RESTORE
 from sphere_plugin.parallel.environment import log_name
 from sphere_plugin.parallel.joining import joined
@@ -194,6 +195,9 @@ def _single(settings: RunSettings, out: Path, ranks: Ranks) -> list[Ended]:
 def _resumed(folder: Path, arguments: argparse.Namespace, ranks: Ranks) -> list[Ended]:
     if (folder / COMPARISON).exists():
         return _several(_compared(folder / COMPARISON), folder, arguments, ranks)
+    if (folder / SWEEP).exists():
+        remedy = f"Continue it with `sphere sweep --resume {folder}`."
+        raise ConfigError("--resume", str(folder), "the folder of a run or a comparison, not of a sweep", remedy)
     entry = read_manifest(folder)["entry"]
     with logged(folder):
         outcome = resume(folder, Bars(hide=frozenset(("aiming",))), not arguments.without_guard, ranks)

@@ -18,6 +18,7 @@ import torch
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import ConfigError, RanksError, SphereError
 from sphere_plugin.files import write_json
+from sphere_plugin.folders import SWEEP, find_folders
 from sphere_plugin.journaling import Journal
 from sphere_plugin.journaling.disk import numbered
 from sphere_plugin.parallel.ranks import ALONE, Ranks
@@ -215,8 +216,8 @@ def _work(settings: RunSettings, folder: Path, guarded: bool, ranks: Ranks = ALO
         stopped = _stopped(folder) if begun and guarded else None
         if stopped is not None:
             return Ended(entry, _done(settings, folder), stopped=stopped)
-        with logged(folder):
         fresh = settings if guarded else dataclasses.replace(settings, guard=None)
+        with logged(folder):
             outcome = resume(folder, None, guarded, ranks) if begun else start(fresh, folder, None, ranks)
     except RanksError:  # there are no processes for another entry
         raise
@@ -236,7 +237,12 @@ def _stopped(folder: Path) -> str | None:
 
 
 def refuse_used(folder: Path) -> None:
-    """Raise ConfigError if there is a run, or a comparison, in ``folder``."""
-    if (folder / NAME).exists() or (folder / COMPARISON).exists():
-        remedy = f"Continue it with --resume {folder}."
-        raise ConfigError("--out", str(folder), "a folder without a run", remedy)
+    """Raise ConfigError if there is a run, a comparison or a sweep in ``folder``, or a run below it."""
+    for name, kind in ((NAME, "run"), (COMPARISON, "run"), (SWEEP, "sweep")):
+        if (folder / name).exists():
+            remedy = f"Continue it with --resume {folder}."
+            raise ConfigError("--out", str(folder), f"a folder without a {kind}", remedy)
+    below = find_folders(folder, NAME)
+    if below:
+        remedy = f"Choose another one: {below[0]} is a run."
+        raise ConfigError("--out", str(folder), "a folder with no run below it", remedy)
