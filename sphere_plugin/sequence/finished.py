@@ -9,7 +9,7 @@ from typing import Any
 from sphere_plugin.data import Record, read_records
 from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.folders import find_folders
-from sphere_plugin.sequence.manifest import NAME, data_digest
+from sphere_plugin.sequence.manifest import NAME, data_digest, refuse_journal
 from sphere_plugin.sequence.settings import RunSettings, whole_numbers
 
 
@@ -30,11 +30,9 @@ def settings_of(folder: Path, manifest: Mapping[str, Any]) -> RunSettings:
     """The settings of a run.
 
     Raises:
-        ConfigError: it is no run: `journal` has written the folder, which has no file of facts to its edits.
+        ConfigError: see `refuse_journal`.
     """
-    if not manifest.get("settings"):
-        remedy = "Give the folder of a run; sphere undo and sphere export take this one."
-        raise ConfigError(str(folder), "a journal of an editor's edits", "what `sphere run --out` wrote", remedy)
+    refuse_journal(folder, manifest)
     return RunSettings.from_mapping(manifest["settings"])
 
 
