@@ -88,6 +88,14 @@ def test_the_edited_model_says_what_the_run_said(
     assert "an edited model" in told and f"| edits | {edits} |" in told and "| alpha | 0.8 |" in told
 
 
+def test_the_readme_does_not_say_where_the_model_lies(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    sp.export(tmp_path, tmp_path / "out")
+    told = (tmp_path / "out" / "README.md").read_text()
+    name = Path(run.model).name
+    assert f'base_model: "{name}"' in told and f"# {name}: an edited model" in told and str(tmp_path) not in told
+
+
 def test_the_readme_lists_the_first_and_says_where_all_are(tmp_path: Path) -> None:
     run = Run(tmp_path)
     facts = [{"prompt": f"```\n| {number} *", "subject": "|", "target_new": "é"} for number in range(LISTED + 5)]
@@ -186,7 +194,7 @@ def test_a_delta_is_applied_and_taken_back_to_the_bit(kind: str, dtype: torch.dt
     exported = sp.export(tmp_path, tmp_path / "x.safetensors", format="delta")
     model = run.load()
     told = sp.apply_delta(model, exported.path)
-    assert told == {"edits": "6", "entry": "memit+sphere", "model": run.model}
+    assert told == {"edits": "6", "entry": "memit+sphere", "model": Path(run.model).name}
     now = touched(model, kind)
     assert all(same_bits(weight.detach(), run.states[3][name]) for name, weight in now.items())
     assert torch.equal(logits(model), logits(run.load(6)))

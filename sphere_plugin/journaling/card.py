@@ -12,6 +12,7 @@ from typing import Any, Final
 from sphere_plugin._version import __version__
 from sphere_plugin.evaluation.scores import score_key
 from sphere_plugin.journaling.store import Journal
+from sphere_plugin.paths import without_folders
 
 # How many edits the README itself lists.
 LISTED: Final = 20
@@ -52,7 +53,7 @@ def card(
 
 
 def _lines(manifest: Mapping[str, Any], edits: int, errors: Mapping[str, float]) -> Iterator[str]:
-    named = manifest.get("model", {}).get("name") or "a model without a name"
+    named = without_folders(manifest.get("model", {}).get("name")) or "a model without a name"
     base = _plain(named)
     what = "edits as a LoRA adapter" if errors else "an edited model"
     yield from ("---", f"base_model: {json.dumps(named)}", "tags:", "- knowledge-editing", "---", "")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.paths import without_folders
 from sphere_plugin.report.numbers import METRICS, Metric, Value, averaged, measure
-from sphere_plugin.report.read import Checkpoint, Run, without_folders
+from sphere_plugin.report.read import Checkpoint, Run
 
 SPHERE: Final = "sphere"
 CONTROLS: Final = ("shrunk", "random")  # an update of the same norm, a random subspace of the same rank
