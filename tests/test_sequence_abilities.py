@@ -337,12 +337,16 @@ def test_a_comparison_measures_the_unedited_model_once(here, hparams, tmp_path, 
     assert {name: one.get("from") for name, one in taken.items()} == dict.fromkeys(("nq", "rte", "boolq"), "memit")
 
 
-def test_runs_that_are_no_comparison_are_measured_each(here, run, tmp_path) -> None:
+def test_runs_that_are_no_comparison_are_measured_each(here, run, tmp_path, capsys) -> None:
     for name in ("one", "two"):
         shutil.copytree(run, tmp_path / name)
     shutil.rmtree(tmp_path / "two" / "abilities")
     assert abilities(tmp_path / "two", *flags(here, "--at", "0")) == 0
     assert not any("from" in one for one in read_tally(path_of(tmp_path / "two", 0))["tasks"].values())
+    capsys.readouterr()
+    assert abilities(tmp_path, *flags(here, "--at", "0")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MEMIT")]
+    assert lines == [f"MEMIT + SPHERE ({tmp_path.name}/{name})" for name in ("one", "two")]
 
 
 def test_a_model(here, tmp_path, capsys, monkeypatch) -> None:

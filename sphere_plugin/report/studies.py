@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.folders import ending
 from sphere_plugin.paths import without_folders
 from sphere_plugin.report.numbers import METRICS, Metric, Value, averaged, measure
 from sphere_plugin.report.read import Checkpoint, Run
@@ -255,11 +256,8 @@ def _entries(runs: Sequence[Run], families: Mapping[str, int]) -> tuple[Entry, .
 def _label(run: Run, runs: Sequence[Run]) -> str:
     """The run's label; with its folder where two entries would have the same, with a dagger for shared targets."""
     wanted = run.label, run.share_targets
-    alike = [one.folder.parts for one in runs if one is not run and (one.label, one.share_targets) == wanted]
-    own, last = run.folder.parts, 2
-    while any(other[-last:] == own[-last:] for other in alike) and last < len(own):
-        last += 1
-    return run.label + (f" ({'/'.join(own[-last:])})" if alike else "") + (SHARED if run.share_targets else "")
+    alike = [one.folder for one in runs if one is not run and (one.label, one.share_targets) == wanted]
+    return run.label + ending(run.folder, alike) + (SHARED if run.share_targets else "")
 
 
 def _families(runs: Iterable[Run]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
 from sphere_plugin.report.studies import distance
 from sphere_plugin.sequence.audit import Options, RunAudit
-from sphere_plugin.sequence.finished import moments_of, runs_in
+from sphere_plugin.sequence.finished import labels_of, moments_of, runs_in
 from sphere_plugin.sequence.panel import convene
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -48,6 +48,8 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[int, list[str]]:
     target, options = user_path(arguments.target), options_of(arguments)
     source = source_of(options.paraphrases)
     runs = [RunAudit(folder, options, source) for folder in runs_in(target)]
+    for one, label in zip(runs, labels_of(runs), strict=True):
+        one.label = label
     if not any(one.moments for one in runs):
         made = max(one.edits for one in runs)
         raise ConfigError("--at", list(options.at) or "nothing", f"a number up to {made} edits", "Choose another.")
@@ -86,10 +88,13 @@ def options_of(arguments: argparse.Namespace) -> Options:
 def table(runs: Sequence[RunAudit], at: Sequence[int]) -> list[str]:
     """As the paper's Tables 3 and 4: U and ΔU of every run, and SPHERE's part in it."""
     lines: list[str] = []
+    width = max([28, *(len(one.label) for one in runs)])
     for kind, title in zip(KINDS, TITLES, strict=True):
-        rows = [row for one in runs for edits in one.moments for row in _row(one, edits, kind)]
+        rows = [
+            one.label.ljust(width) + row for one in runs for edits in one.moments for row in _row(one, edits, kind)
+        ]
         if rows:
-            lines += [f"{title:28}" + "".join(f"{head:>11}" for head in _HEADS), *rows]
+            lines += [title.ljust(width) + "".join(f"{head:>11}" for head in _HEADS), *rows]
             lines += [*_pairs(runs, kind), ""]
     lines += [f"{one.label}: {one.edits} edits made" for one in runs if set(at) - set(one.moments)]
     return [*lines, *_sources(runs)]
@@ -104,7 +109,7 @@ def _row(one: RunAudit, edits: int, kind: str) -> list[str]:
     total = parts["total"]
     cells = [str(edits), str(total.change.n), f"{total.before:.4f}", f"{total.after:.4f}", *_change(total.change)]
     cells += [_signed(parts[part].change.value) for part in ("aleatoric", "epistemic")]
-    return [f"{one.label:28}" + "".join(f"{cell:>11}" for cell in cells)]
+    return ["".join(f"{cell:>11}" for cell in cells)]
 
 
 def _pairs(runs: Sequence[RunAudit], kind: str) -> list[str]:
