@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +26,14 @@ def find_folders(path: Path, name: str) -> list[Path]:
             below.clear()
         below[:] = sorted(name for name in below if not name.startswith("."))
     return found
+
+
+def ending(folder: Path, others: Iterable[Path]) -> str:
+    """The end of a folder that tells it from the others, of two parts at least: " (run/memit)"; "" without others."""
+    own, parts, last = folder.parts, [other.parts for other in others], 2
+    while any(other[-last:] == own[-last:] for other in parts) and last < len(own):
+        last += 1
+    return f" ({'/'.join(own[-last:])})" if parts else ""
 
 
 def refuse_existing(target: Path) -> bool:

@@ -1,9 +1,11 @@
-"""Paths as users write them: no text that stands for one makes it fail to look there."""
+"""Paths as users write them: no text that stands for one makes it fail to look there. What others see of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from sphere_plugin.errors import ConfigError
 
@@ -48,3 +50,12 @@ def is_file(path: Path) -> bool:
     with suppress(OSError):
         return path.is_file()
     return False
+
+
+def without_folders(value: Any) -> Any:
+    """Returns JSON with only the last part of every absolute path in it: where files lay is nobody else's business."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_folders(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -88,6 +88,14 @@ def test_the_edited_model_says_what_the_run_said(
     assert "an edited model" in told and f"| edits | {edits} |" in told and "| alpha | 0.8 |" in told
 
 
+def test_the_readme_does_not_say_where_the_model_lies(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    sp.export(tmp_path, tmp_path / "out")
+    told = (tmp_path / "out" / "README.md").read_text()
+    name = Path(run.model).name
+    assert f'base_model: "{name}"' in told and f"# {name}: an edited model" in told and str(tmp_path) not in told
+
+
 def test_the_readme_lists_the_first_and_says_where_all_are(tmp_path: Path) -> None:
     run = Run(tmp_path)
     facts = [{"prompt": f"```\n| {number} *", "subject": "|", "target_new": "é"} for number in range(LISTED + 5)]
@@ -114,6 +122,20 @@ def test_the_readme_says_what_was_measured_at_that_very_moment(tmp_path: Path) -
     assert "per token | not finite |" in (tmp_path / "again" / "README.md").read_text()
     sp.export(tmp_path, tmp_path / "six")
     assert "was not measured after 6 of them" in (tmp_path / "six" / "README.md").read_text()
+
+
+def test_the_readme_has_the_scores_of_the_protocol(tmp_path: Path) -> None:
+    Run(tmp_path)
+    manifest = read_json(tmp_path / "manifest.json")
+    protocol = {"efficacy": "exact", "generalization": "exact", "specificity": "tokens"}
+    write_json(tmp_path / "manifest.json", manifest | {"protocol": protocol})
+    scores = {name: [0.75, 0.25] for name in ("efficacy", "generalization", "specificity", "locality")}
+    exact = {f"{name}_exact": [1.0, 1.0] for name in ("efficacy", "generalization", "specificity")}
+    write_json(tmp_path / "checkpoints" / "000006.json", {"scored": [0, 1], "scores": scores | exact | {"nll": 3.0}})
+    sp.export(tmp_path, tmp_path / "out")
+    told = (tmp_path / "out" / "README.md").read_text()
+    assert "| efficacy (exact) | 100.0 (of 2) |" in told and "| generalization (exact) | 100.0 (of 2) |" in told
+    assert "| specificity (tokens) | 50.0 (of 2) |" in told and "| locality | 50.0 (of 2) |" in told
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
@@ -172,7 +194,7 @@ def test_a_delta_is_applied_and_taken_back_to_the_bit(kind: str, dtype: torch.dt
     exported = sp.export(tmp_path, tmp_path / "x.safetensors", format="delta")
     model = run.load()
     told = sp.apply_delta(model, exported.path)
-    assert told == {"edits": "6", "entry": "memit+sphere", "model": run.model}
+    assert told == {"edits": "6", "entry": "memit+sphere", "model": Path(run.model).name}
     now = touched(model, kind)
     assert all(same_bits(weight.detach(), run.states[3][name]) for name, weight in now.items())
     assert torch.equal(logits(model), logits(run.load(6)))

@@ -15,13 +15,14 @@ from sphere_plugin.errors import CacheError, ConfigError, RequestError
 from sphere_plugin.evaluation.abilities import Suite
 from sphere_plugin.evaluation.tallies import path_of, read_tallies, read_tally
 from sphere_plugin.files import read_json, write_json
+from sphere_plugin.journaling import run_lock
 from sphere_plugin.journaling.revisit import Revisited
 from sphere_plugin.journaling.undoing import undo
 from sphere_plugin.sequence import abilities_command, measured
 from sphere_plugin.sequence.abilities import AbilityPlan
 from sphere_plugin.sequence.manifest import COMPARISON
 from sphere_plugin.sequence.measured import Abilities, AbilitiesAlong
-from sphere_plugin.sequence.runner import check, start
+from sphere_plugin.sequence.runner import check, resume, start
 from sphere_plugin.sequence.settings import RunSettings
 
 TASKS = ["nq", "rte"]
@@ -134,6 +135,26 @@ def test_data_is_looked_at_before_anything_starts(here, hparams, tmp_path) -> No
 
 
 # ---- in a run ----
+
+
+def test_a_run_leaves_a_moment_to_whoever_measures_there(here, hparams, run, tmp_path, monkeypatch, caplog) -> None:
+    """What `sphere abilities` measures meanwhile is not lost, and the run does not end for it."""
+    folder, told = tmp_path / "run", short(here, hparams)
+    with run_lock(folder / "abilities"):
+        assert start(told, folder).edits == 6
+    assert "not measured: abilities after 4" in caplog.text and "sphere abilities --at 4" in caplog.text
+    assert read_tallies(folder) == {} and prints(folder) == prints(run)
+
+    measure = Suite.measure
+
+    def refused(*arguments):
+        with pytest.raises(CacheError, match="held by process"), run_lock(folder / "abilities"):
+            pass
+        return measure(*arguments)
+
+    monkeypatch.setattr(Suite, "measure", refused)
+    resume(folder)
+    assert stored(folder) == {6: stored(run)[6]}
 
 
 def test_a_run_is_not_disturbed(here, hparams, run, tmp_path) -> None:
@@ -316,12 +337,16 @@ def test_a_comparison_measures_the_unedited_model_once(here, hparams, tmp_path, 
     assert {name: one.get("from") for name, one in taken.items()} == dict.fromkeys(("nq", "rte", "boolq"), "memit")
 
 
-def test_runs_that_are_no_comparison_are_measured_each(here, run, tmp_path) -> None:
+def test_runs_that_are_no_comparison_are_measured_each(here, run, tmp_path, capsys) -> None:
     for name in ("one", "two"):
         shutil.copytree(run, tmp_path / name)
     shutil.rmtree(tmp_path / "two" / "abilities")
     assert abilities(tmp_path / "two", *flags(here, "--at", "0")) == 0
     assert not any("from" in one for one in read_tally(path_of(tmp_path / "two", 0))["tasks"].values())
+    capsys.readouterr()
+    assert abilities(tmp_path, *flags(here, "--at", "0")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MEMIT")]
+    assert lines == [f"MEMIT + SPHERE ({tmp_path.name}/{name})" for name in ("one", "two")]
 
 
 def test_a_model(here, tmp_path, capsys, monkeypatch) -> None:
@@ -340,6 +365,13 @@ def test_a_model(here, tmp_path, capsys, monkeypatch) -> None:
     other = save_pico("llama", tmp_path / "other", seed=1)
     assert abilities(other, *flags(here, "--out", tmp_path / "out")) == 1
     assert files(tmp_path / "out") == kept
+
+
+def test_a_model_in_the_folder_of_a_comparison(here, tmp_path, capsys) -> None:
+    write_json(tmp_path / "both" / COMPARISON, {})
+    out = tmp_path / "both" / "unedited"
+    assert abilities(save_pico("llama", tmp_path / "model"), *flags(here, "--out", out)) == 0, capsys.readouterr().err
+    assert list(files(out)) == ["abilities/000000.json"]
 
 
 def test_the_command_of_a_run_takes_the_block(here, hparams, tmp_path, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -218,11 +219,34 @@ def test_wrong_moments_files_and_audits_are_refused(runs, tmp_path) -> None:
 def test_sphere_is_compared_within_its_comparison(runs, tmp_path) -> None:
     """Two orders of the same entries below one folder."""
     for order in ("one", "two"):
-        shutil.copytree(runs, tmp_path / order)
-    ended = [audited(tmp_path / order / entry) for order in ("one", "two") for entry in ("memit", "memit+sphere")]
-    pairs = [line for line in table(ended, ()) if line.startswith("SPHERE on")]
-    alone = [line for line in table(ended[:2], ()) if line.startswith("SPHERE on")]
+        shutil.copytree(runs, tmp_path / "orders" / order)
+    ended = [
+        audited(tmp_path / "orders" / order / entry) for order in ("one", "two") for entry in ("memit", "memit+sphere")
+    ]
+    pairs, alone = _pairs_of(ended), _pairs_of(ended[:2])
     assert pairs == alone * 2 and len(alone) == 1
+    code, lines = run(_arguments(tmp_path / "orders", facts=3, samples=2, tokens=3, paraphrases="templates"))
+    assert code == 0 and [line for line in lines if line.startswith("SPHERE on MEMIT (one/memit): ΔU")]
+    rows = [line for line in lines if line.startswith("MEMIT")]
+    folders = [f"{order}/{entry}" for order in ("one", "two") for entry in ("memit", "memit+sphere")]
+    assert [row[row.index("(") + 1 : row.index(")")] for row in rows] == folders
+    assert len({len(row) for row in rows}) == 1
+
+
+def test_sphere_is_compared_with_the_run_that_has_most_settings_in_common(runs) -> None:
+    """Another run of the method alone beside it, whose learning rate is another one."""
+    expected = _pairs_of([audited(runs / entry) for entry in ENTRIES])
+    for name, changes in (("other", {"v_lr": 0.1}), ("zother", {"v_lr": 0.2})):
+        folder = shutil.copytree(runs / "memit", runs / name)
+        manifest = read_json(folder / "manifest.json") | {"label": name}
+        manifest["method"]["hparams"] |= changes
+        write_json(folder / "manifest.json", manifest)
+    names = ("other", *ENTRIES, "zother")
+    assert _pairs_of([audited(runs / name) for name in names]) == expected != []
+
+
+def _pairs_of(runs) -> list[str]:
+    return [line for line in table(runs, ()) if line.startswith("SPHERE on")]
 
 
 def test_edits_are_not_taken_back_while_they_are_audited(runs) -> None:
@@ -298,13 +322,16 @@ def test_an_entry_that_ended_early(runs) -> None:
     assert "MEMIT + SPHERE: 6 edits made" in table([one, other], (6, 8))
 
 
-def test_run_takes_what_the_parser_gives(runs) -> None:
-    import argparse
+def _arguments(target, **changes) -> argparse.Namespace:
+    names = {"at": None, "facts": 1, "neighbours": False, "paraphrases": "record", "seed": 0}
+    names |= {"samples": 2, "tokens": 2, "temperature": 1.0, "top_p": 0.9, "embedder": "minilm"}
+    names |= {"data": None, "model": None, "device": "cpu"}
+    return argparse.Namespace(target=target, **names | changes)
 
-    names = {"target": runs / "memit", "at": "2", "facts": 1, "neighbours": False, "paraphrases": "record"}
-    names |= {"samples": 2, "tokens": 2, "temperature": 1.0, "top_p": 0.9, "embedder": "minilm", "seed": 0}
-    code, lines = run(argparse.Namespace(**names, data=None, model=None, device="cpu"))
+
+def test_run_takes_what_the_parser_gives(runs) -> None:
+    code, lines = run(_arguments(runs / "memit", at="2"))
     assert code == 0
     assert lines[-1] == f"sphere report {runs / 'memit'}"
     with pytest.raises(RequestError):
-        run(argparse.Namespace(**{**names, "paraphrases": "none.json"}, data=None, model=None, device="cpu"))
+        run(_arguments(runs / "memit", at="2", paraphrases="none.json"))

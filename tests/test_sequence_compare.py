@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pico_runs import (
     COLLAPSING,
     ROOT,
@@ -104,6 +106,39 @@ def test_the_unedited_model_is_scored_once(hparams: Path, tmp_path: Path, monkey
     assert scores(tmp_path / "alone" / "rect")[0] == scores(tmp_path / "out" / "memit")[0], "it makes no difference"
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("manifest.json", "a folder without a run. Continue it with --resume"),
+        ("comparison.json", "a folder without a run. Continue it with --resume"),
+        ("sweep.json", "a folder without a sweep. Continue it with --resume"),
+        ("two/memit/manifest.json", "a folder with no run below it. Choose another one: "),
+    ],
+)
+def test_a_run_does_not_hide_others(file: str, said: str, hparams: Path, tmp_path: Path, capsys) -> None:
+    yaml, out = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit")), tmp_path / "out"
+    write_json(out / file, {})
+    for more in ((), ("--compare", "memit,rect")):
+        assert main(["run", str(yaml), "--out", str(out), *more]) == 1
+        assert f"--out: got '{out}', expected {said}" in capsys.readouterr().err
+    assert list(files(out)) == [file]
+
+
+def test_a_sweep_is_no_run_to_go_on_with(tmp_path: Path, capsys) -> None:
+    write_json(tmp_path / "sweep.json", {})
+    assert main(["run", "--resume", str(tmp_path)]) == 1
+    assert f"Continue it with `sphere sweep --resume {tmp_path}`." in capsys.readouterr().err
+
+
+def test_without_guard_is_for_entries_that_have_not_begun_too(tmp_path: Path) -> None:
+    hparams, data = place(tmp_path / "place"), facts(tmp_path / "facts.json")
+    told = settings(hparams, "memit", data=str(data), order=None, edits=4, checkpoints=[], guard={"energy": 0.3})
+    told = dataclasses.replace(told, settings={"memit": COLLAPSING})
+    assert comparing._work(told, tmp_path / "watched", True).stopped
+    assert comparing._work(told, tmp_path / "free", False) == Ended("memit", 4)
+    assert comparing._work(told, tmp_path / "free", True) == Ended("memit", 4), "for good"
+
+
 @forks
 def test_targets_are_shared_and_that_is_told(hparams: Path, tmp_path: Path, sphere: Server) -> None:
     yaml, out = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit")), tmp_path / "out"
@@ -149,11 +184,19 @@ def test_targets_of_host_methods_cannot_be_shared(hosted: str, hparams: Path, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_shared_targets_are_searched_for_alike(hparams: Path, tmp_path: Path) -> None:
-    told = settings(hparams, "memit,rect", share_targets=True, settings={"rect": {"v_lr": 0.1}})
-    with pytest.raises(ConfigError, match=r"v_lr of rect: got 0.1, expected 0.5, as all entries\. Give it to all"):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("v_lr", 0.1), ("seed", 7), ("context_template_length_params", [[3, 2]]), ("bf16", True), ("fp16", True)],
+)
+def test_shared_targets_are_searched_for_alike(key: str, value: object, hparams: Path, tmp_path: Path) -> None:
+    """With the same search, behind the same prefixes, on the same model."""
+    told = settings(hparams, "memit,rect", share_targets=True, settings={"rect": {key: value}})
+    with pytest.raises(ConfigError, match=rf"{key} of rect: got .*, as all entries\. Give it to all"):
         compare(told, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_number_of_jobs_is_checked(hparams: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--jobs: got 0"):
         compare(settings(hparams, "memit,rect"), tmp_path / "out", jobs=0)
 
@@ -201,6 +244,33 @@ def test_a_process_that_is_killed_ends_its_own_entry(
     assert ended[0].failed == "its process ended with code -9 (killed, for want of memory most likely)"
     assert ended[1].failed is ended[1].stopped is None and seen
     record_property("kills", 1)
+
+
+def _says_its_threads(settings: RunSettings, folder: Path, guarded: bool) -> Ended:
+    (folder.parent / f"{settings.entries[0]}.threads").write_text(os.environ["OMP_NUM_THREADS"])
+    return Ended(settings.entries[0], 12)
+
+
+@forks
+def test_runs_go_on_with_the_threads_they_began_with(hparams: Path, tmp_path: Path, monkeypatch) -> None:
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(comparing, "_work", _says_its_threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    told = settings(hparams, "memit,rect,prune,alphaedit", edits=2, batch_size=2, checkpoints=[])
+
+    def threads(jobs: int) -> dict[str, int]:
+        compare(told, tmp_path, jobs)
+        return {entry: int((tmp_path / f"{entry}.threads").read_text()) for entry in told.entries}
+
+    assert threads(2) == dict.fromkeys(told.entries, 3)
+    for entry, began in (("rect", 2), ("prune", 4)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda began=began: began)
+        start(told.for_entry(entry), tmp_path / entry)
+    (tmp_path / "memit").mkdir()
+    (tmp_path / "memit" / "manifest.json").write_text("{")  # whoever goes on with it says so, the others go on
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert threads(1) == {"memit": 2, "rect": 2, "prune": 4, "alphaedit": 2}
 
 
 def _says_who_it_is(settings: RunSettings, folder: Path, guarded: bool) -> Ended:

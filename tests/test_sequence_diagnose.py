@@ -370,6 +370,16 @@ def test_other_facts_are_refused(run, tmp_path):
         Diagnosis(run, Options(data=facts(tmp_path / "others.json")))
 
 
+def test_runs_of_one_label_are_told_apart(whole, tmp_path, capsys):
+    for one in ("one/memit", "two/memit", "two/rect"):
+        shutil.copytree(whole / one[4:], tmp_path / one)
+    assert main(["diagnose", str(tmp_path), "--keys", "20", "--at", "2"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert [line[:28].rstrip() for line in lines[:3]] == ["MEMIT (one/memit)", "MEMIT (two/memit)", "RECT"]
+    long = {label: [] for label in ("MEMIT", "MEMIT (memit/eta=0.3,alpha=0.5,order=1)")}
+    assert len({len(line) for line in table(list(long.items()))[:3]}) == 1
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no manifest.json"):
         runs_in(tmp_path)

@@ -161,8 +161,31 @@ def test_after_undoing_the_guard_watches_again(hparams: Path, tmp_path: Path) ->
     stopped = start(sp_settings(hparams, energy=0.6), tmp_path)
     sp.undo(tmp_path, 6)
     assert resume(tmp_path) == stopped
-    noted = read_json(tmp_path / "guard.json")["events"]
-    assert [event["edits"] for event in noted] == [10], "the same again is noted once"
+    noted = [(event["edits"], event["action"]) for event in read_json(tmp_path / "guard.json")["events"]]
+    assert noted == [(10, "stop"), (6, "undo"), (10, "stop")]
+
+
+def test_after_undoing_a_run_that_is_killed_where_the_guard_had_left_it_goes_on(
+    hparams: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rolled back to 8 edits, taken back to 4, and killed at 8 again."""
+    guard = {"energy": 0.6, "action": "rollback"}
+    assert start(sp_settings(hparams, **guard), tmp_path).edits == 8
+    sp.undo(tmp_path, 4)
+    batch = Run._batch
+
+    def dies(self: Run, number: int) -> None:
+        if number > 4:
+            raise KeyboardInterrupt
+        batch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_batch", dies)
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path)
+    assert Journal.open(tmp_path / "journal").edits() == 8 and read_run(tmp_path).stopped == ""
+    outcome = resume(tmp_path)
+    assert outcome.edits == 8 and outcome.stopped, "the guard watches as before"
 
 
 def test_a_guard_that_cannot_see_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ from sphere_plugin.cli import COMMANDS, main
 from sphere_plugin.data import read_records
 from sphere_plugin.errors import CacheError, SphereError
 from sphere_plugin.evaluation import METRICS
-from sphere_plugin.files import fingerprint, read_json
+from sphere_plugin.files import fingerprint, read_json, write_json
 from sphere_plugin.journaling import Journal
 from sphere_plugin.journaling.exporting import export
 from sphere_plugin.report.read import read_run
@@ -106,6 +106,15 @@ def test_a_run_writes_what_the_docs_say(entry: str, hparams: Path, tmp_path: Pat
         export(tmp_path, tmp_path / "model")
         again = type(run.entrant.model).from_pretrained(tmp_path / "model")
         assert fingerprint((name, again.get_parameter(name)) for name in run.weights) == journal.fingerprint(6)
+
+
+def test_a_journal_is_no_run_to_go_on_with(tmp_path: Path, capsys) -> None:
+    """What `sp.journal` writes has no settings."""
+    told = {"format": 1, "entry": "memit", "method": {"alg_name": "MEMIT", "hparams": {}}, "model": {"weights": "0"}}
+    write_json(tmp_path / "manifest.json", told)
+    assert main(["run", "--resume", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert 'got "a journal of an editor\'s edits"' in said and "sphere undo and sphere export take this one." in said
 
 
 def test_a_finished_run_is_left_as_it_is_and_not_begun_again(hparams: Path, tmp_path: Path, capsys, caplog) -> None:

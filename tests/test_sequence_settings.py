@@ -194,6 +194,19 @@ def test_entries_are_named_in_one_way() -> None:
         given("--entry", "rect", "--compare", "memit,memit+sphere", "--edits", 4)
 
 
+@pytest.mark.parametrize("flag", ["--entry", "--compare"])
+def test_no_entry_is_refused(flag: str) -> None:
+    with pytest.raises(ConfigError, match="entries: got '', expected names of entries"):
+        given(flag, "", "--edits", 4)
+
+
+def test_a_model_without_a_name_is_refused(hparams: Path, tmp_path: Path) -> None:
+    path = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit", model=""))
+    for flags in ((), ("--model", "")):
+        with pytest.raises(ConfigError, match="model: got '', expected a text that is not empty"):
+            given(path, *flags)
+
+
 def test_flags_win_over_the_yaml(hparams: Path, tmp_path: Path) -> None:
     path = write_yaml(tmp_path / "run.yaml", mapping(hparams, "memit", settings={"all": {"v_lr": 1.0}}))
     told = given(path, "--edits", 20, "--checkpoints", "10,4", "--entry", "rect", "--order", 7, "--seed", 3)

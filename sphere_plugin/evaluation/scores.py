@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from sphere_plugin.errors import ConfigError
 
 # One number per scored edit, None where it was not scored: a record without what it takes, or a score not asked for.
 Column = tuple[float | None, ...]
@@ -21,6 +26,7 @@ METRICS = (
     "fluency",
     "consistency",
 )
+SUFFIXES: Final = MappingProxyType({"tokens": "", "exact": "_exact", "success": "_success"})
 
 
 @dataclass(frozen=True)
@@ -65,3 +71,18 @@ class Scores:
     def columns(self) -> dict[str, Column]:
         """All numbers that there is one of per scored edit, by name."""
         return {name: getattr(self, name) for name in METRICS}
+
+
+def score_key(name: str, protocol: Mapping[str, str]) -> str:
+    """Returns the key in a checkpoint's `scores` that the protocol shows under a metric's name.
+
+    Raises:
+        ConfigError: the protocol names none of "exact", "tokens", "success", nor "locality" for specificity.
+    """
+    chosen = protocol.get(name, "tokens")
+    if name == "specificity" and chosen == "locality":
+        return "locality"
+    if chosen not in SUFFIXES:
+        remedy = "Correct the manifest of that run."
+        raise ConfigError(f"protocol.{name}", chosen, f"one of {', '.join(SUFFIXES)}", remedy)
+    return name + SUFFIXES[chosen]

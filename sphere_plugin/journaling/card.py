@@ -10,7 +10,9 @@ from statistics import fmean
 from typing import Any, Final
 
 from sphere_plugin._version import __version__
+from sphere_plugin.evaluation.scores import score_key
 from sphere_plugin.journaling.store import Journal
+from sphere_plugin.paths import without_folders
 
 # How many edits the README itself lists.
 LISTED: Final = 20
@@ -41,12 +43,17 @@ def card(
         errors: of an adapter, weight -> share of the update that it misses; empty for the edited model itself.
         checkpoint: of the run at that very number of edits; None if nothing was measured then.
     """
-    lines = (*_lines(manifest, edits, errors), "", *_measured(edits, checkpoint), *_listed(facts))
+    lines = (
+        *_lines(manifest, edits, errors),
+        "",
+        *_measured(edits, checkpoint, manifest.get("protocol") or {}),
+        *_listed(facts),
+    )
     return "\n".join(lines) + "\n"
 
 
 def _lines(manifest: Mapping[str, Any], edits: int, errors: Mapping[str, float]) -> Iterator[str]:
-    named = manifest.get("model", {}).get("name") or "a model without a name"
+    named = without_folders(manifest.get("model", {}).get("name")) or "a model without a name"
     base = _plain(named)
     what = "edits as a LoRA adapter" if errors else "an edited model"
     yield from ("---", f"base_model: {json.dumps(named)}", "tags:", "- knowledge-editing", "---", "")
@@ -63,8 +70,8 @@ def _lines(manifest: Mapping[str, Any], edits: int, errors: Mapping[str, float])
         yield from (f"| `{_plain(name)}` | {error:.4g} |" for name, error in errors.items())
 
 
-def _measured(edits: int, checkpoint: Mapping[str, Any] | None) -> Iterator[str]:
-    """What is left of the edits, and of what stood around them."""
+def _measured(edits: int, checkpoint: Mapping[str, Any] | None, protocol: Mapping[str, str]) -> Iterator[str]:
+    """What is left of the edits, and of what stood around them, by the scores that the protocol chooses."""
     if checkpoint is None:
         yield from (f"What is left of these edits was not measured after {edits} of them.", "")
         return
@@ -72,8 +79,9 @@ def _measured(edits: int, checkpoint: Mapping[str, Any] | None) -> Iterator[str]
     yield f"Measured on the edited model, {count} of {edits} edits asked again; means over edits, in per cent:"
     yield from ("", "| | |", "|---|---|")
     for name in SCORES:
-        known = [value for value in scores[name] if value is not None]
-        yield f"| {name} | {f'{100 * fmean(known):.1f} (of {len(known)})' if known else 'not scored'} |"
+        known = [value for value in scores.get(score_key(name, protocol), ()) if value is not None]
+        title = f"{name} ({protocol[name]})" if name in protocol else name
+        yield f"| {title} | {f'{100 * fmean(known):.1f} (of {len(known)})' if known else 'not scored'} |"
     nll = scores["nll"]
     yield f"| held-out text, nats per token | {'not finite' if nll is None else f'{nll:.3f}'} |"
     yield ""

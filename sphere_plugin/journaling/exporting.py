@@ -19,7 +19,7 @@ from sphere_plugin.journaling.delta import write_delta
 from sphere_plugin.journaling.lowrank import cut
 from sphere_plugin.journaling.revisit import opened, put, unedited
 from sphere_plugin.journaling.store import Journal
-from sphere_plugin.paths import user_path
+from sphere_plugin.paths import user_path, without_folders
 from sphere_plugin.peft import peft_library, save_lora
 
 Format = Literal["hf", "delta", "adapter"]
@@ -120,7 +120,8 @@ def export_batches(
     edits = journal.edits(number)
     after = journal.weights_after(number)
     if format == "delta":
-        about = {"edits": str(edits), "entry": str(manifest.get("entry")), "model": str(manifest["model"].get("name"))}
+        named = str(without_folders(manifest["model"].get("name")))
+        about = {"edits": str(edits), "entry": str(manifest.get("entry")), "model": named}
         write_delta(out, journal.weights_after(0), after, about)
         return Exported(out, format, edits)
     facts = facts_of(journal, number)

@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from sphere_plugin.evaluation.audits import KINDS, TITLES, Audit, grown, lowered, read_audits
 from sphere_plugin.evaluation.uncertainty import RESAMPLES, Change
+from sphere_plugin.paths import without_folders
 from sphere_plugin.report.grid import Field, Grid, Line
 from sphere_plugin.report.numbers import written
-from sphere_plugin.report.read import Run, without_folders
+from sphere_plugin.report.read import Run
 from sphere_plugin.report.studies import Entry, Study
 
 HEADS: Final = ("Method", "Data", "Edits", "Asked", "Prompts", "U before", "U after", "ΔU", "ΔU from", "ΔU to") + (

@@ -9,11 +9,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from types import MappingProxyType
 from typing import Final
 
-from sphere_plugin.errors import ConfigError
 from sphere_plugin.evaluation.interval import interval
+from sphere_plugin.evaluation.scores import score_key
 from sphere_plugin.report.read import Checkpoint, Run
 
 ENERGY_ORDER: Final = "2"  # s, as in the paper's ΔHE
@@ -61,7 +60,6 @@ METRICS: Final = (
     Metric("energy", "Change of HE", "ΔHE", "10⁻⁴", scale=1e4, better=-1, per_edit=False),
 )
 ACCURACIES: Final = METRICS[:3]
-SUFFIXES: Final = MappingProxyType({"tokens": "", "exact": "_exact", "success": "_success"})
 
 
 @dataclass(frozen=True)
@@ -82,24 +80,9 @@ class Value:
     reason: str = NOT_SCORED
 
 
-def score_key(metric: Metric, protocol: Mapping[str, str]) -> str:
-    """Returns the key in a checkpoint's `scores` that the protocol shows under a metric's name.
-
-    Raises:
-        ConfigError: the protocol names none of "exact", "tokens", "success", nor "locality" for specificity.
-    """
-    chosen = protocol.get(metric.name, "tokens")
-    if metric.name == "specificity" and chosen == "locality":
-        return "locality"
-    if chosen not in SUFFIXES:
-        remedy = "Correct the manifest of that run."
-        raise ConfigError(f"protocol.{metric.name}", chosen, f"one of {', '.join(SUFFIXES)}", remedy)
-    return metric.name + SUFFIXES[chosen]
-
-
 def scores_of(run: Run, checkpoint: Checkpoint, metric: Metric) -> dict[int, float]:
     """Returns position in the order of editing -> score, for the edits that were scored."""
-    values = checkpoint.scores.get(score_key(metric, run.protocol), ())
+    values = checkpoint.scores.get(score_key(metric.name, run.protocol), ())
     pairs = zip(checkpoint.scored, values, strict=False)
     return {position: value for position, value in pairs if value is not None}
 

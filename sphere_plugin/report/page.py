@@ -11,6 +11,7 @@ from typing import Any, Final
 from sphere_plugin._version import __version__
 from sphere_plugin.errors import ConfigError, HostError
 from sphere_plugin.files import check_writable, write_bytes, write_json
+from sphere_plugin.paths import without_folders
 from sphere_plugin.report import (
     abilities,
     audit,
@@ -28,7 +29,7 @@ from sphere_plugin.report import (
     theorem,
 )
 from sphere_plugin.report.grid import Grid
-from sphere_plugin.report.read import read_runs, without_folders
+from sphere_plugin.report.read import read_runs
 from sphere_plugin.report.studies import Study, studies_of
 from sphere_plugin.report.style import Plate, alone, picture, sheet
 from sphere_plugin.report.svg import svg, themes

@@ -156,15 +156,6 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def without_folders(value: Any) -> Any:
-    """Returns JSON with only the last part of every absolute path in it: where files lay is nobody else's business."""
-    if isinstance(value, Mapping):
-        return {key: without_folders(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [without_folders(one) for one in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
 def _numbered(folder: Path, read: Callable[[Path], Read]) -> tuple[Read, ...]:
     """What ``read`` makes of the files 000000.json, 000001.json, … of a folder, which need not be there."""
     paths = sorted((path for path in folder.glob("*.json") if path.stem.isdecimal()), key=lambda path: int(path.stem))
@@ -212,7 +203,7 @@ def _stopped(path: Path) -> str:
     told = read_json(path, _REMEDY)
     told = told if isinstance(told, list) else _object(told, path).get("events")  # older versions wrote a list
     events = [_object(one, path) for one in _list(told, path, "events")]
-    if not events or events[-1].get("action") in ("warn", "off"):
+    if not events or events[-1].get("action") in ("warn", "off", "undo"):
         return ""
     return f"its guard ended it after {events[-1].get('edits')} edits: {events[-1].get('reason')}"
 

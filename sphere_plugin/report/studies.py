@@ -5,15 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 from sphere_plugin.errors import ConfigError
+from sphere_plugin.folders import ending
+from sphere_plugin.paths import without_folders
 from sphere_plugin.report.numbers import METRICS, Metric, Value, averaged, measure
-from sphere_plugin.report.read import Checkpoint, Run, without_folders
+from sphere_plugin.report.read import Checkpoint, Run
 
 SPHERE: Final = "sphere"
 CONTROLS: Final = ("shrunk", "random")  # an update of the same norm, a random subspace of the same rank
 SHARED: Final = " †"
+
+
+class Placed(Protocol):
+    """A run and where it lies."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        ...
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """As stored."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +162,7 @@ class Study:
             wanted = without_sphere(entry.name), entry.shared
             alone = [one for one in self.entries if not one.sphere and (one.name, one.shared) == wanted]
             if alone:
-                found.append((min(alone, key=lambda one: _distance(one.runs[0], entry.runs[0])), entry))
+                found.append((min(alone, key=lambda one: distance(one.runs[0], entry.runs[0])), entry))
         return found
 
     def metrics(self) -> list[Metric]:
@@ -239,11 +256,8 @@ def _entries(runs: Sequence[Run], families: Mapping[str, int]) -> tuple[Entry, .
 def _label(run: Run, runs: Sequence[Run]) -> str:
     """The run's label; with its folder where two entries would have the same, with a dagger for shared targets."""
     wanted = run.label, run.share_targets
-    alike = [one.folder.parts for one in runs if one is not run and (one.label, one.share_targets) == wanted]
-    own, last = run.folder.parts, 2
-    while any(other[-last:] == own[-last:] for other in alike) and last < len(own):
-        last += 1
-    return run.label + (f" ({'/'.join(own[-last:])})" if alike else "") + (SHARED if run.share_targets else "")
+    alike = [one.folder for one in runs if one is not run and (one.label, one.share_targets) == wanted]
+    return run.label + ending(run.folder, alike) + (SHARED if run.share_targets else "")
 
 
 def _families(runs: Iterable[Run]) -> dict[str, int]:
@@ -251,14 +265,14 @@ def _families(runs: Iterable[Run]) -> dict[str, int]:
     return {name: number for number, name in enumerate(dict.fromkeys(_family(run.entry) for run in runs))}
 
 
-def _differing(run: Run, other: Run) -> int:
+def _differing(run: Placed, other: Placed) -> int:
     """In how many of the method's settings two runs differ."""
     first, second = ((one.manifest.get("method") or {}).get("hparams") or {} for one in (run, other))
     return sum(first.get(key) != second.get(key) for key in {*first, *second})
 
 
-def _distance(run: Run, other: Run) -> tuple[int, bool, bool]:
-    """How far two runs are from being alike but for their entry."""
+def distance(run: Placed, other: Placed) -> tuple[int, bool, bool]:
+    """Returns how far two runs are from being alike but for their entry; see `Study.pairs`."""
     seeds = [one.manifest.get("seed") for one in (run, other)]
     return _differing(run, other), run.folder.parent != other.folder.parent, seeds[0] != seeds[1]
 

@@ -23,7 +23,7 @@ from sphere_plugin.models.placement import usable_device
 from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
 from sphere_plugin.sequence.abilities import data_of, names_of
-from sphere_plugin.sequence.finished import moments_of
+from sphere_plugin.sequence.finished import labels_of, moments_of
 from sphere_plugin.sequence.manifest import NAME
 from sphere_plugin.sequence.measured import Abilities, told
 
@@ -68,10 +68,10 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
             Abilities(one.folder, suite).missing(edits, weights)
     lines = []
     bars, total = Bars(), sum(len(one.moments) for one in runs) * len(suite.names)
-    for one in runs:
+    for one, label in zip(runs, labels_of(runs), strict=True):
         with run_lock(one.folder / FOLDER):
             found = _measured(one, suite, device, lambda done: bars("abilities", done, total))
-        lines += [one.label, *table(suite.names, found), ""]
+        lines += [label, *table(suite.names, found), ""]
     return 0, [*lines, *_notes(suite)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sphere_plugin.errors import ConfigError, ModelError
@@ -18,8 +19,9 @@ from sphere_plugin.parallel.joining import joined
 from sphere_plugin.parallel.ranks import Ranks
 from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
+from sphere_plugin.report.studies import distance
 from sphere_plugin.sequence.audit import Options, RunAudit
-from sphere_plugin.sequence.finished import moments_of, runs_in
+from sphere_plugin.sequence.finished import labels_of, moments_of, runs_in
 from sphere_plugin.sequence.panel import convene
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -46,6 +48,8 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[int, list[str]]:
     target, options = user_path(arguments.target), options_of(arguments)
     source = source_of(options.paraphrases)
     runs = [RunAudit(folder, options, source) for folder in runs_in(target)]
+    for one, label in zip(runs, labels_of(runs), strict=True):
+        one.label = label
     if not any(one.moments for one in runs):
         made = max(one.edits for one in runs)
         raise ConfigError("--at", list(options.at) or "nothing", f"a number up to {made} edits", "Choose another.")
@@ -84,10 +88,13 @@ def options_of(arguments: argparse.Namespace) -> Options:
 def table(runs: Sequence[RunAudit], at: Sequence[int]) -> list[str]:
     """As the paper's Tables 3 and 4: U and ΔU of every run, and SPHERE's part in it."""
     lines: list[str] = []
+    width = max([28, *(len(one.label) for one in runs)])
     for kind, title in zip(KINDS, TITLES, strict=True):
-        rows = [row for one in runs for edits in one.moments for row in _row(one, edits, kind)]
+        rows = [
+            one.label.ljust(width) + row for one in runs for edits in one.moments for row in _row(one, edits, kind)
+        ]
         if rows:
-            lines += [f"{title:28}" + "".join(f"{head:>11}" for head in _HEADS), *rows]
+            lines += [title.ljust(width) + "".join(f"{head:>11}" for head in _HEADS), *rows]
             lines += [*_pairs(runs, kind), ""]
     lines += [f"{one.label}: {one.edits} edits made" for one in runs if set(at) - set(one.moments)]
     return [*lines, *_sources(runs)]
@@ -102,18 +109,18 @@ def _row(one: RunAudit, edits: int, kind: str) -> list[str]:
     total = parts["total"]
     cells = [str(edits), str(total.change.n), f"{total.before:.4f}", f"{total.after:.4f}", *_change(total.change)]
     cells += [_signed(parts[part].change.value) for part in ("aleatoric", "epistemic")]
-    return [f"{one.label:28}" + "".join(f"{cell:>11}" for cell in cells)]
+    return ["".join(f"{cell:>11}" for cell in cells)]
 
 
 def _pairs(runs: Sequence[RunAudit], kind: str) -> list[str]:
-    """ΔU of x+sphere minus ΔU of x in the same comparison."""
-    plain = {_place(one, one.entry): one for one in runs}
+    """ΔU of x+sphere minus ΔU of x in the same comparison; of several x the one that a report takes."""
     lines = []
     for one in runs:
         entry = one.entry.removesuffix("+sphere")
-        base = plain.get(_place(one, entry))
-        if base is None or entry == one.entry:
+        alone = [base for base in runs if _place(base, base.entry) == _place(one, entry)]
+        if entry == one.entry or not alone:
             continue
+        base = min(alone, key=partial(distance, one))
         for edits in sorted(set(base.moments) & set(one.moments)):
             audits = (base.audits.get(0), base.audits.get(edits), one.audits.get(edits))
             found = None if None in audits else lowered(*audits, kind)  # type: ignore[arg-type]
@@ -124,9 +131,10 @@ def _pairs(runs: Sequence[RunAudit], kind: str) -> list[str]:
     return lines
 
 
-def _place(one: RunAudit, entry: str) -> tuple[Path, object, str]:
-    """Where a run of ``entry`` on the same edits would be."""
-    return one.folder.parent, (one.manifest.get("data") or {}).get("order"), entry
+def _place(one: RunAudit, entry: str) -> tuple[Path, object, bool, str]:
+    """Where a run of ``entry`` on the same edits and kind of targets would be."""
+    order, shared = (one.manifest.get("data") or {}).get("order"), bool(one.manifest.get("share_targets"))
+    return one.folder.parent, order, shared, entry
 
 
 def _change(change: Change) -> list[str]:

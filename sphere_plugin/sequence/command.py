@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import CacheError, ConfigError, SphereError
+from sphere_plugin.evaluation.scores import score_key
 from sphere_plugin.files import read_json
+from sphere_plugin.folders import SWEEP
 from sphere_plugin.journaling.revisit import RESTORE
 from sphere_plugin.parallel.environment import log_name
 from sphere_plugin.parallel.joining import joined
@@ -144,7 +146,7 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
     if arguments.compare is not None and arguments.entry is not None:
         raise ConfigError("--entry", arguments.entry, "one of --entry and --compare", "Name all entries in --compare.")
     if arguments.compare is not None or arguments.entry is not None:
-        content["entries"] = parse(arguments.compare or arguments.entry)
+        content["entries"] = parse(arguments.entry if arguments.compare is None else arguments.compare)
     if arguments.hparams is not None:
         content["hparams"] = arguments.hparams
     if arguments.model is not None:
@@ -193,6 +195,9 @@ def _single(settings: RunSettings, out: Path, ranks: Ranks) -> list[Ended]:
 def _resumed(folder: Path, arguments: argparse.Namespace, ranks: Ranks) -> list[Ended]:
     if (folder / COMPARISON).exists():
         return _several(_compared(folder / COMPARISON), folder, arguments, ranks)
+    if (folder / SWEEP).exists():
+        remedy = f"Continue it with `sphere sweep --resume {folder}`."
+        raise ConfigError("--resume", str(folder), "the folder of a run or a comparison, not of a sweep", remedy)
     entry = read_manifest(folder)["entry"]
     with logged(folder):
         outcome = resume(folder, Bars(hide=frozenset(("aiming",))), not arguments.without_guard, ranks)
@@ -241,8 +246,7 @@ def _scored(folder: Path, edits: int) -> str:
     scores, protocol = read_json(path)["scores"], read_manifest(folder)["protocol"]
     told = []
     for name in ("efficacy", "generalization", "specificity"):
-        column = scores[name if protocol[name] == "tokens" else f"{name}_exact"]
-        known = [value for value in column if value is not None]
+        known = [value for value in scores[score_key(name, protocol)] if value is not None]
         told += [f"{name} {100 * fmean(known):.1f}"] if known else []
     nll = scores["nll"]
     parts = [

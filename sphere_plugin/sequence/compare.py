@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -16,11 +18,12 @@ import torch
 from sphere_plugin.editing.config import check_number
 from sphere_plugin.errors import ConfigError, RanksError, SphereError
 from sphere_plugin.files import write_json
+from sphere_plugin.folders import SWEEP, find_folders
 from sphere_plugin.journaling import Journal
 from sphere_plugin.journaling.disk import numbered
 from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.sequence.guard import Events
-from sphere_plugin.sequence.manifest import COMPARISON, NAME
+from sphere_plugin.sequence.manifest import COMPARISON, NAME, read_manifest
 from sphere_plugin.sequence.runner import Run, check, resume, start
 from sphere_plugin.sequence.settings import RunSettings
 from sphere_plugin.sequence.workers import logged, workers_environment
@@ -82,9 +85,10 @@ def compare(
     Args:
         settings: of the comparison.
         folder: for the entries' folders.
-        jobs: entries at a time; the threads of torch are shared out among them.
+        jobs: entries at a time; the threads of torch are shared out among them, but entries that have begun, and all
+            others with them, keep to the number they began with.
         progress: told the number of edits done, of all entries, from time to time.
-        guarded: see `resume`.
+        guarded: see `resume`; entries that have not begun begin without a guard.
         ranks: see `Run`.
 
     Raises:
@@ -99,8 +103,7 @@ def compare(
     if ranks.size > 1:
         return _one_after_the_other(tasks, progress or (lambda done: None), guarded, ranks)
     if settings.share_targets:  # once, before two entries look for them at the same time
-        with workers_environment(max(1, torch.get_num_threads() // jobs)):
-            _side_by_side(_find_targets, tasks[:1], 1, guarded, lambda: None)
+        _side_by_side(_find_targets, tasks[:1], jobs, guarded, lambda: None)
     return run_all(tasks, jobs, progress, guarded)
 
 
@@ -113,8 +116,7 @@ def run_all(
         How each ended, in the order of ``tasks``.
     """
     told = progress or (lambda done: None)
-    with workers_environment(max(1, torch.get_num_threads() // jobs)):
-        return _side_by_side(_work, tasks, jobs, guarded, lambda: told(sum(task.done for task in tasks)))
+    return _side_by_side(_work, tasks, jobs, guarded, lambda: told(sum(task.done for task in tasks)))
 
 
 def _one_after_the_other(
@@ -141,7 +143,8 @@ def _side_by_side(
                 answers, theirs = context.Pipe(duplex=False)
                 arguments = (theirs, work, task.settings, task.folder, guarded)
                 process = context.Process(target=_answer, args=arguments, daemon=True)
-                process.start()
+                with workers_environment(_threads(task, tasks, jobs)):
+                    process.start()
                 theirs.close()
                 running[answers] = number, process
             for ready in wait(list(running), timeout=_EVERY):
@@ -152,6 +155,16 @@ def _side_by_side(
         for _, process in running.values():
             process.terminate()
     return [ended[number] for number in range(len(tasks))]
+
+
+def _threads(task: Task, tasks: Sequence[Task], jobs: int) -> int:
+    """An even share, or as many as the run began with, or another of them: last digits depend on it."""
+    for folder in (task.folder, *(one.folder for one in tasks)):
+        with suppress(SphereError):  # there is no manifest yet, or whoever goes on with that run will hear of it
+            began = read_manifest(folder).get("threads")
+            if isinstance(began, int) and began > 0:
+                return began
+    return max(1, torch.get_num_threads() // jobs)
 
 
 def _answer(answers: Any, work: Work, settings: RunSettings, folder: Path, guarded: bool) -> None:
@@ -203,8 +216,9 @@ def _work(settings: RunSettings, folder: Path, guarded: bool, ranks: Ranks = ALO
         stopped = _stopped(folder) if begun and guarded else None
         if stopped is not None:
             return Ended(entry, _done(settings, folder), stopped=stopped)
+        fresh = settings if guarded else dataclasses.replace(settings, guard=None)
         with logged(folder):
-            outcome = resume(folder, None, guarded, ranks) if begun else start(settings, folder, None, ranks)
+            outcome = resume(folder, None, guarded, ranks) if begun else start(fresh, folder, None, ranks)
     except RanksError:  # there are no processes for another entry
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it ends this entry only
@@ -223,7 +237,12 @@ def _stopped(folder: Path) -> str | None:
 
 
 def refuse_used(folder: Path) -> None:
-    """Raise ConfigError if there is a run, or a comparison, in ``folder``."""
-    if (folder / NAME).exists() or (folder / COMPARISON).exists():
-        remedy = f"Continue it with --resume {folder}."
-        raise ConfigError("--out", str(folder), "a folder without a run", remedy)
+    """Raise ConfigError if there is a run, a comparison or a sweep in ``folder``, or a run below it."""
+    for name, kind in ((NAME, "run"), (COMPARISON, "run"), (SWEEP, "sweep")):
+        if (folder / name).exists():
+            remedy = f"Continue it with --resume {folder}."
+            raise ConfigError("--out", str(folder), f"a folder without a {kind}", remedy)
+    below = find_folders(folder, NAME)
+    if below:
+        remedy = f"Choose another one: {below[0]} is a run."
+        raise ConfigError("--out", str(folder), "a folder with no run below it", remedy)

@@ -32,7 +32,7 @@ from sphere_plugin.journaling.disk import plain
 from sphere_plugin.journaling.revisit import Revisited, opened, put
 from sphere_plugin.paths import user_path
 from sphere_plugin.progress import Bars
-from sphere_plugin.sequence.finished import facts_of, moments_of, runs_in, settings_of
+from sphere_plugin.sequence.finished import facts_of, labels_of, moments_of, runs_in, settings_of
 from sphere_plugin.sequence.hidden import Step, Strength, numbers
 from sphere_plugin.sequence.protected import EDITED, Keys, edited, protected
 
@@ -84,6 +84,8 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     if not any(job.batches for job in jobs):
         got, last = arguments.at, max(job.edits for job in jobs)
         raise ConfigError("--at", got, "a number of edits that a run has made", f"The longest has {last}.")
+    for job, label in zip(jobs, labels_of(jobs), strict=True):
+        job.label = label
     told = [(job.label, job.go(Bars())) for job in jobs]
     beyond = [f"{job.label}: {job.edits} edits so far, not {list(job.beyond)}" for job in jobs if job.beyond]
     return 0, [*table(told), *beyond, "", f"sphere report {target}"]
@@ -212,7 +214,8 @@ class Diagnosis:
 def table(told: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
     """The diagnoses of runs in a few numbers each, means over batches and weights; label -> its diagnoses."""
     heads = ("batches", "broken", "reached", "C_k", "interference", "projected", "L_kp", "projected")
-    lines = ["".join([f"{'':28}", *(f"{head:>14}" for head in heads)])]
+    width = max([28, *(len(label) for label, _ in told)])
+    lines = ["".join([" " * width, *(f"{head:>14}" for head in heads)])]
     for label, each in told:
         layers = [layer for one in each for layer in one["layers"]]
         terms = [layer["theorem"]["batch"]["raw"] for layer in layers]
@@ -226,7 +229,7 @@ def table(told: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
         ]
         broken = f"{sum(one['ratio'] > 1 for one in terms)} of {len(terms)}"
         cells = [str(len(each)), broken, *map(_small, worst), *map(_per_cent, shares)]
-        lines.append("".join([f"{label:28}", *(f"{cell:>14}" for cell in cells)]))
+        lines.append("".join([label.ljust(width), *(f"{cell:>14}" for cell in cells)]))
     return [*lines, "", *LEGEND]
 
 

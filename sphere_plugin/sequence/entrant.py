@@ -25,6 +25,8 @@ from sphere_plugin.parallel.ranks import ALONE, Ranks
 AIMING: Final = ("layers", "layer_module_tmp", "v_loss_layer", "fact_token", "v_num_grad_steps", "v_lr") + (
     ("v_weight_decay", "clamp_norm_factor", "kl_factor", "aiming_dtype")
 )
+# Those, and settings that the model and its prefixes depend on, which targets are searched for behind.
+SHARING: Final = (*AIMING, "rewrite_module_tmp", "context_template_length_params", "seed", "fp16", "bf16")
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sphere_plugin.data import Record, read_records
 from sphere_plugin.errors import CacheError, ConfigError
-from sphere_plugin.folders import find_folders
-from sphere_plugin.sequence.manifest import NAME, data_digest
+from sphere_plugin.folders import ending, find_folders
+from sphere_plugin.sequence.manifest import NAME, data_digest, refuse_journal
 from sphere_plugin.sequence.settings import RunSettings, whole_numbers
+
+
+class Labelled(Protocol):
+    """A run, as a table names it."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """ "MEMIT + SPHERE"."""
+        ...
+
+
+def labels_of(runs: Sequence[Labelled]) -> list[str]:
+    """The label of each run, with the end of its folder where others have the same."""
+    return [
+        one.label
+        + ending(one.folder, [other.folder for other in runs if other is not one and other.label == one.label])
+        for one in runs
+    ]
 
 
 def runs_in(target: Path) -> list[Path]:
@@ -30,11 +53,9 @@ def settings_of(folder: Path, manifest: Mapping[str, Any]) -> RunSettings:
     """The settings of a run.
 
     Raises:
-        ConfigError: it is no run: `journal` has written the folder, which has no file of facts to its edits.
+        ConfigError: see `refuse_journal`.
     """
-    if not manifest.get("settings"):
-        remedy = "Give the folder of a run; sphere undo and sphere export take this one."
-        raise ConfigError(str(folder), "a journal of an editor's edits", "what `sphere run --out` wrote", remedy)
+    refuse_journal(folder, manifest)
     return RunSettings.from_mapping(manifest["settings"])
 
 

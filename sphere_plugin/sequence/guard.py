@@ -119,6 +119,15 @@ class Events:
 
     def stopped(self, edits: int) -> str | None:
         """Why the guard stopped the run where it is now, with so many edits in its weights; None if it did not."""
+        last = self._end()
+        return str(last["reason"]) if last is not None and last["left"] == edits else None
+
+    def go_on(self, edits: int) -> None:
+        """Note that a run which the guard has stopped goes on, for edits were taken back: it is stopped no more."""
+        if self._end() is not None:
+            self.add(edits, "sphere undo", "undo", edits)
+
+    def _end(self) -> dict[str, Any] | None:
+        """The last event if it ended the run."""
         last = self.all()[-1:]
-        here = bool(last) and last[0]["action"] in ("stop", "rollback") and last[0]["left"] == edits
-        return str(last[0]["reason"]) if here else None
+        return last[0] if last and last[0]["action"] in ("stop", "rollback") else None

@@ -20,7 +20,7 @@ import torch
 from sphere_plugin._version import __version__
 from sphere_plugin.data import held_out
 from sphere_plugin.editing.corpus import COUNTED
-from sphere_plugin.errors import CacheError
+from sphere_plugin.errors import CacheError, ConfigError
 from sphere_plugin.journaling import revisit
 from sphere_plugin.journaling.disk import plain
 from sphere_plugin.paths import is_file, user_path
@@ -126,11 +126,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         CacheError: there is none, it is of another format, or a part is missing that a run is continued with.
+        ConfigError: see `refuse_journal`.
     """
     path = folder / NAME
     if not path.exists():
         raise CacheError(str(folder), "no manifest", "the folder of a run", "Give the folder that --out named.")
     content = revisit.read_manifest(path)
+    refuse_journal(folder, content)
     for part, keys in _PARTS.items():
         inside = content.get(part)
         if not isinstance(inside, Mapping) or not all(key in inside for key in keys):
@@ -142,6 +144,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(content.get(part), kind):
             raise CacheError(f"{path}: {part}", content.get(part), f"a {kind.__name__}", revisit.RESTORE)
     return content
+
+
+def refuse_journal(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a folder is no run's: `journal` has written it, which has no file of facts to its edits."""
+    if not manifest.get("settings"):
+        remedy = "Give the folder of a run; sphere undo and sphere export take this one."
+        raise ConfigError(str(folder), "a journal of an editor's edits", "what `sphere run --out` wrote", remedy)
 
 
 def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

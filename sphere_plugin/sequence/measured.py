@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 from sphere_plugin.errors import CacheError, ConfigError, SphereError
 from sphere_plugin.evaluation.abilities import PERPLEXITY, Score, Suite
 from sphere_plugin.evaluation.tallies import FOLDER, path_of, read_tallies, read_tally, write_tally
+from sphere_plugin.journaling import run_lock
 from sphere_plugin.journaling.disk import plain
 from sphere_plugin.models.placement import input_device
-from sphere_plugin.sequence.manifest import COMPARISON, read_manifest, surroundings
+from sphere_plugin.sequence.manifest import COMPARISON, NAME, read_manifest, surroundings
 from sphere_plugin.sequence.settings import RunSettings
 
 _LOG = logging.getLogger("sphere_plugin")
@@ -100,8 +102,8 @@ class Abilities:
         return kept
 
     def _elsewhere(self, name: str, weights: str) -> dict[str, Any] | None:
-        """A score of the unedited model in another entry of the same comparison."""
-        if self._folder is None or not (self._folder.parent / COMPARISON).exists():
+        """A score of the unedited model in another entry of the same comparison; none of a model without a run."""
+        if self._folder is None or not all(map(Path.exists, (self._folder.parent / COMPARISON, self._folder / NAME))):
             return None
         own = read_manifest(self._folder)["model"]
         for path in sorted(self._folder.parent.glob(f"*/{FOLDER}/{path_of(Path(), 0).name}")):
@@ -142,12 +144,21 @@ class AbilitiesAlong:
     def measure(
         self, edits: int, weights: str, model: Any, tokenizer: Any, progress: Callable[[str, int, int], None]
     ) -> None:
-        """Measure after so many edits, if that is due; the model and all random generators are left as they were."""
+        """Measure after so many edits, if that is due; the model and all random generators are left as they were.
+
+        Where another process measures abilities of this run, the moment is left out, and the log says so.
+        """
         if self._suite is None or edits not in self._due:
             return
         what, total = f"abilities after {edits}", len(self._suite.names)
         found = Abilities(self._folder, self._suite)
-        found.measure(edits, weights, model, tokenizer, lambda name: progress(what, 1, total))
+        with ExitStack() as locked:
+            try:
+                locked.enter_context(run_lock(self._folder / FOLDER))
+            except CacheError as error:
+                _LOG.warning("not measured: %s: %s `sphere abilities --at %d` measures it later.", what, error, edits)
+                return
+            found.measure(edits, weights, model, tokenizer, lambda name: progress(what, 1, total))
 
 
 def told(kept: Mapping[str, Any]) -> str:

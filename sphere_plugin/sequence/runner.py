@@ -25,7 +25,7 @@ from sphere_plugin.journaling.disk import move, plain
 from sphere_plugin.parallel.ranks import ALONE, Ranks
 from sphere_plugin.sequence.beside import unedited_scores
 from sphere_plugin.sequence.crew import Crew
-from sphere_plugin.sequence.entrant import AIMING, Entrant, OwnEntrant
+from sphere_plugin.sequence.entrant import SHARING, Entrant, OwnEntrant
 from sphere_plugin.sequence.entries import hparams_of, settings_of
 from sphere_plugin.sequence.guard import Events
 from sphere_plugin.sequence.manifest import NAME, check_same, manifest_of, read_manifest
@@ -66,7 +66,7 @@ def check(settings: RunSettings) -> None:
     searches: list[tuple[str, object]] = []
     for entry in settings.entries:
         hparams = hparams_of(entry, settings.hparams, settings.model, settings_of(entry, settings.settings))
-        searches = searches or [(name, getattr(hparams, name, None)) for name in AIMING]
+        searches = searches or [(name, getattr(hparams, name, None)) for name in SHARING]
         for name, value in searches if settings.share_targets else ():
             if getattr(hparams, name) != value:
                 remedy = "Give it to all entries, or run without share_targets."
@@ -177,6 +177,7 @@ class Run:
         check_same(self.folder, read_manifest(self.folder), self._manifest())
         if off:
             self.events.add(edits, "--without-guard", "off", edits)
+        self.events.go_on(edits)
         self._follow(orientations(self.entrant.model, self.weights))
         number = len(self.journal)
         self.crew.put(self.journal.weights_after(number))

@@ -154,8 +154,9 @@ class RunSettings:
         values["checkpoints"] = () if given is None else whole_numbers("checkpoints", given)
         for key in ("hparams", "data", "text"):
             values[key] = _path(key, values.get(key))
-        if isinstance(values.get("model"), str) and is_folder(user_path(values["model"])):
-            values["model"] = str(user_path(values["model"]).resolve())
+        model = values.get("model")
+        if isinstance(model, str) and model and is_folder(user_path(model)):  # "" would be the folder one is in
+            values["model"] = str(user_path(model).resolve())
         if isinstance(values.get("guard"), Mapping):
             values["guard"] = Guard.from_mapping(values["guard"])
         if isinstance(values.get("abilities"), Mapping):

@@ -51,8 +51,6 @@ def run(arguments: argparse.Namespace) -> tuple[int, list[str]]:
         raise ConfigError("--out", "nothing", "a folder for the sweep", "Write --out runs/NAME.")
     folder = user_path(arguments.out).resolve()
     refuse_used(folder)
-    if (folder / SWEEP).exists():
-        raise ConfigError("--out", str(folder), "a folder without a sweep", f"Continue it with --resume {folder}.")
     write_json(folder / SWEEP, described(sweep))
     return _go(sweep, folder, arguments)
 
