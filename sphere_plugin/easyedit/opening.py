@@ -98,7 +98,7 @@ def _opening(original: Callable[..., None], main: bool, repairs: bool) -> Callab
         elif isinstance(entry, Hooked):
             if restrained:
                 _check_placed(self.model, hparams.alg_name, main)
-            if restrained and any(METHODS[name].reads_right for name in _writers(hparams)):
+            if restrained and any(METHODS[name].reads_right for name in _methods(hparams)):
                 self.tok.padding_side = "right"  # the host forgets some of them
             self.apply_algo = entry.session(hparams, repairs)
             setattr(self, MADE_WITH, asked)
@@ -116,13 +116,13 @@ def _check_there(hparams: Any) -> None:
 def _check_possible(hparams: Any) -> None:
     """Refuse what cannot be restrained before a model is loaded."""
     table, asked = sys.modules[f"{PACKAGE}.util.alg_dict"].ALG_DICT, asked_of(hparams)
-    for name in _writers(hparams):
+    for name in _methods(hparams):
         refused = refusal(name, asked) if asked is not None and isinstance(table.get(name), Hooked) else None
         if refused is not None:
             raise refused
 
 
-def _writers(hparams: Any) -> tuple[str, ...]:
+def _methods(hparams: Any) -> tuple[str, ...]:
     """The method, and the one that SimIE leaves the writing to."""
     method = METHODS.get(hparams.alg_name)
     through = method is not None and method.writes == "base"
