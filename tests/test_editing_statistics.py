@@ -557,6 +557,7 @@ def test_an_edit_with_statistics_of_easyedit(tmp_path: Path) -> None:
         "one array",
         "text",
         "two counts",
+        "no end of tokens",
     ],
 )
 def test_statistics_that_cannot_be_used_are_refused_by_name(fault: str, tmp_path: Path) -> None:
@@ -576,9 +577,8 @@ def test_statistics_that_cannot_be_used_are_refused_by_name(fault: str, tmp_path
                 np.save(file, total)
         elif fault != "missing":
             name = "mean.mean" if fault == "other keys" else "mom2.mom2"
-            np.savez(
-                path, **{name: total, "mom2.count": np.full(2, count) if fault == "two counts" else np.int64(count)}
-            )
+            counted = {"two counts": np.full(2, count), "no end of tokens": np.float64(np.inf)}
+            np.savez(path, **{name: total, "mom2.count": counted.get(fault, np.int64(count))})
     with pytest.raises(ConfigError, match="mom2_dataset.*1.npz"):
         moments("llama", pico_config("llama", mom2_dataset=str(tmp_path / "{}.npz")))
 

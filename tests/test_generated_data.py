@@ -26,7 +26,7 @@ from generated import (
     texts,
     values,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -411,6 +411,8 @@ def test_what_a_run_goes_on_with(record_property, place):
     readers = {"manifest": going_on, "guard": guarded, "abilities": able, "audit": audited}
 
     @share(3.0)
+    @example(("abilities", {**ABILITIES, "edits": math.inf}))
+    @example(("audit", {**AUDIT, "edits": math.inf}))
     @given(st.sampled_from(sorted(told)).flatmap(lambda name: st.tuples(st.just(name), bent(told[name]))))
     def read(changed_: tuple[str, Any]) -> None:
         name, content = changed_

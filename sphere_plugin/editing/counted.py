@@ -31,6 +31,7 @@ def read_counted(path: Path, width: int) -> Tensor:
         ValueError,
         AttributeError,
         KeyError,
+        OverflowError,
         zipfile.BadZipFile,
         zlib.error,
     ) as error:

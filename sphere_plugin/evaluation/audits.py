@@ -122,7 +122,7 @@ def read_audit(path: Path) -> Audit:
         edited, neighbours = (tuple(_measured(one) for one in content[kind]) for kind in KINDS)
         weights, model = (str(content[key]) for key in ("weights", "model"))
         return Audit(int(content["edits"]), weights, model, dict(content["settings"]), edited, neighbours)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # int() of infinity
         remedy = "Delete it and run `sphere audit` again."
         raise CacheError(str(path), repr(error), "an audit as this package wrote it", remedy) from error
 

@@ -63,7 +63,7 @@ def read_tally(path: Path) -> dict[str, Any]:
             raise ValueError(f"format {content['format']}")
         known = {"edits": int(content["edits"]), "weights": str(content["weights"])}
         return {**content, **known, "tasks": {name: _checked(kept) for name, kept in content["tasks"].items()}}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # int() of infinity
         raise CacheError(str(path), repr(error), f"abilities of format {FORMAT}", REMEDY) from error
 
 
