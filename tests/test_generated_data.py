@@ -430,7 +430,7 @@ ANY = matrices(SOUND + EXTREME + FLAWED, size=6)
 
 
 def test_tensors_come_back_to_the_bit(record_property, place):
-    """Of any dtype, shape and content; and a file that differs by a bit is refused, or means the same (an escape's F)."""
+    """Of any dtype, shape and content; a file that differs by a bit is refused, or means the same (\\u001F)."""
     tally = Tally("weights on disk")
     path = place / "one.safetensors"
 
