@@ -33,8 +33,8 @@ _LOG = logging.getLogger("sphere_plugin")
 TEXT_EDITORS: Final = (("concept_editor", "ConceptEditor"), ("safety_editor", "SafetyEditor"))
 # Methods whose code in the PyPI release expects all weights on one device; that of main follows the weights.
 ON_ONE_DEVICE: Final = frozenset(("MEMIT", "ROME"))
-MADE_WITH: Final = "sphere_made_with"  # the restraints that an editor has been made with, as an attribute of it
 OTHER_EDITORS: Final = (("multimodal_editor", "MultimodalEditor"), ("per_editor", "PerEditor"))
+MADE_WITH: Final = "sphere_made_with"  # the restraints that an editor has been made with, as an attribute of it
 
 
 def open_editors(host: Host, patches: Patches) -> None:
