@@ -14,8 +14,10 @@ from pico import pico
 
 from sphere_plugin.editing import EditingConfig, Editor
 
-# Pico models are too small for a second thread to help; on a busy machine it does harm.
+# Pico models are too small for a second thread to help; on a busy machine it does harm. The processes that tests start
+# have one too.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # How many inputs the tests of generated.py make: `make test` some, `make nightly` ten times as many.
 settings.register_profile("default", deadline=None)

@@ -127,7 +127,7 @@ def command(argv: list[str]) -> int:
 def launcher() -> Iterator[Launcher]:
     """Start one; needs fork."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths, "TQDM_DISABLE": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, text=True, **pipes) as process:
         while process.stdout.readline() not in ("ready\n", ""):

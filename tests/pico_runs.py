@@ -239,7 +239,7 @@ class Server:
 @contextmanager
 def server() -> Iterator[Server]:
     """Start a server; needs fork."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, text=True, **pipes) as process:
         while process.stdout.readline() not in ("ready\n", ""):

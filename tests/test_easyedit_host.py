@@ -47,7 +47,7 @@ def run(script: str, folder: Path, kind: str = "pypi", *arguments: str, home: st
         environment["EASYEDIT_HOME"] = home if home is not None else HOME
     prelude = "import json, sys\nreport = lambda what: open('report.json', 'w').write(json.dumps(what))\n"
     command = [sys.executable, "-c", prelude + script, *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads((folder / "report.json").read_text())
 

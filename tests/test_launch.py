@@ -457,7 +457,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     """`sphere launch` in a process of its own, called from the working directory of the test."""
     return subprocess.run(
         [sys.executable, "-m", "sphere_plugin", "launch", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=900,
