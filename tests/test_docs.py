@@ -373,14 +373,8 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_python_runs_on_the_embedded_model(page: str, tmp_path: Path) -> None:
     source = python_of(page)
     (at_home(tmp_path) / "page.py").write_text(REAL[page].replace("\n", "; ") + source.removeprefix("\n"))
-    done = subprocess.run(
-        [sys.executable, "page.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
+    command = [sys.executable, "page.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if line in promised(source)] == promised(source)
 
